@@ -1,0 +1,277 @@
+"""The files of `flowgraph score`: responses from JSON lines, their scores to Parquet.
+
+    lines(path) -> line number, bytes -> parse -> Record -> (traced by the caller) -> ScoreFile -> Parquet
+
+Both ways a record at a time: memory does not grow with the file. A line that can't be used raises a ValueError
+that says why, and `ScoreFile` keeps such reasons in a file beside its own.
+
+Left out: models and scores. This file knows what a row looks like, and nothing of how it is traced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+COLUMNS = pa.schema(
+    [
+        pa.field("line", pa.int64(), nullable=False),
+        pa.field("id", pa.string()),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("response_tokens", pa.int32(), nullable=False),
+        pa.field("response_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("weights", pa.list_(pa.float32()), nullable=False),
+        pa.field("throughput", pa.list_(pa.float32()), nullable=False),
+        pa.field("reach", pa.list_(pa.float32()), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("flags", pa.list_(pa.string()), nullable=False),
+    ]
+)
+"""One row per response: `line` (of the input, from 1) and its `id`; how many tokens; and, over the response's tokens in
+their order, their ids, credits (`weights`), `throughput` and `reach`; the `answer` that was found, and the `flags`."""
+
+_GROUP_ROWS, _GROUP_TOKENS = 1024, 1 << 20  # a row group is written when it holds so many
+
+
+# ------------------------------------------------------------------------- JSON lines
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line: a prompt and the response to it.
+
+    Attributes:
+        line: its number, from 1. id: the caller's name for it.
+        prompt: text, chat messages, or token ids. response: text, token ids (as the prompt), or None, where the last
+            of the messages is the response.
+    """
+
+    line: int
+    id: str | None
+    prompt: str | list[dict[str, Any]] | list[int]
+    response: str | list[int] | None
+
+    @property
+    def has_ids(self) -> bool:
+        """It comes as token ids, not as text."""
+        return not isinstance(self.prompt, str) and isinstance(self.response, list)
+
+
+def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of each line that is not blank. Numbers count from 1, blank lines too."""
+    with Path(path).open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some editors put it
+            if raw.strip():
+                yield number, raw
+
+
+def record_at(path: str | Path, line: int) -> Record:
+    """The record on one line.
+
+    Raises:
+        ValueError: there is no such line, or nothing usable on it.
+    """
+    last = 0
+    for last, raw in lines(path):
+        if last == line:
+            return parse(line, raw)
+        if last > line:
+            raise ValueError(f"line {line} of {path} is blank")
+    raise ValueError(f"{path} has no line {line}" + (f"; its last one is {last}" if last else ": it is empty"))
+
+
+def parse(line: int, raw: bytes) -> Record:
+    """Read one line. The fields of a record are one of these, the first that is there; others are ignored:
+
+        {"prompt_ids": [..], "response_ids": [..]}       token ids
+        {"prompt": text or messages, "response": text}
+        {"question": text, "response": text}
+        {"messages": [.., {"role": "assistant", "content": text}]}     or without the last one and with "response"
+
+    and in each an `id`, if you like.
+
+    Raises:
+        ValueError: what is wrong with the line.
+    """
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start + 1} of the line is 0x{raw[error.start]:02x}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ValueError(f"not JSON that can be read: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"a line must hold one JSON object {{...}}, got {_kind(row)}")
+    name = _name(row.get("id"))
+    if "prompt_ids" in row or "response_ids" in row:
+        return Record(line, name, _ids(row, "prompt_ids"), _ids(row, "response_ids"))
+    key = next((key for key in ("prompt", "question", "messages") if key in row), None)
+    if key is None:
+        raise ValueError(
+            'no prompt: a line needs "prompt", "question", "messages" or "prompt_ids"; '
+            f"this one has {', '.join(map(repr, row)) or 'no field'}"
+        )
+    prompt = row[key]
+    if isinstance(prompt, list) and key != "question":
+        _check_messages(key, prompt)
+        if key == "messages" and "response" not in row:
+            return Record(line, name, prompt, None)
+    elif key == "messages" or not isinstance(prompt, str):
+        wanted = {"prompt": "text or a list of messages", "question": "text", "messages": "a list of messages"}[key]
+        raise ValueError(f'"{key}" must be {wanted}, got {_kind(prompt)}')
+    else:
+        _check_text(key, prompt)
+    if "response" not in row:
+        raise ValueError(f'no response: beside "{key}" a line needs "response", the text that the model wrote')
+    response = row["response"]
+    if not isinstance(response, str):
+        raise ValueError(f'"response" must be text, got {_kind(response)}')
+    _check_text("response", response)
+    return Record(line, name, prompt, response)
+
+
+def _name(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f'"id" must be a string or a number, got {_kind(value)}')
+    if isinstance(value, str):
+        _check_encodable("id", value)
+    return str(value)
+
+
+def _ids(row: dict[str, Any], key: str) -> list[int]:
+    if key not in row:
+        raise ValueError(f'no "{key}": "prompt_ids" and "response_ids" come together')
+    ids = row[key]
+    if not isinstance(ids, list) or not ids:
+        raise ValueError(f'"{key}" must be a list of token ids, got {"an empty one" if ids == [] else _kind(ids)}')
+    for place, value in enumerate(ids):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+            raise ValueError(f'"{key}"[{place}] must be a token id, got {_short(value)}')
+    return ids
+
+
+def _check_messages(key: str, messages: list[Any]) -> None:
+    if not messages:
+        raise ValueError(f'"{key}" is an empty list of messages')
+    for place, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f'"{key}"[{place}] must be a message {{"role": .., "content": ..}}, got {_short(message)}'
+            )
+        content = message.get("content")
+        if isinstance(content, str):
+            _check_encodable(f"{key}[{place}].content", content)
+        elif not isinstance(content, list | None):  # a list of parts; None beside tool calls
+            raise ValueError(f'"{key}"[{place}]: "content" must be text, got {_kind(content)}')
+
+
+def _check_text(key: str, text: str) -> None:
+    if not text.strip():
+        raise ValueError(f'"{key}" is empty')
+    _check_encodable(key, text)
+
+
+def _check_encodable(key: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f'"{key}" holds half of a surrogate pair at character {error.start + 1}') from error
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names[type(value)]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+# ------------------------------------------------------------------------- Parquet
+
+
+def errors_path(out: str | Path) -> Path:
+    """The file beside `out` that says which lines were set aside, and why."""
+    return Path(f"{out}.errors.jsonl")
+
+
+class ScoreFile:
+    """Writes scores to `path`, row group by row group, and lines that were set aside to `errors_path(path)`.
+
+        with ScoreFile("out.parquet", {"model": "..."}) as out:
+            out.add({"line": 1, "id": None, ...})     # the fields of COLUMNS
+            out.set_aside(2, "not JSON: ...")
+
+    Both appear under their names when the block ends well, by a rename; when it ends with an exception nothing is left of
+    either, and what was there before stays. Without lines set aside there is no file of them.
+
+    Args:
+        metadata: of the Parquet schema; keys get the prefix "flowgraph.".
+    """
+
+    def __init__(self, path: str | Path, metadata: Mapping[str, str]) -> None:
+        self.path = Path(path)
+        self.written = self.aside = 0
+        self._schema = COLUMNS.with_metadata({f"flowgraph.{key}": value for key, value in metadata.items()})
+        self._rows: list[Mapping[str, Any]] = []
+        self._tokens = 0
+        self._partial = [
+            final.with_name(f".{final.name}.{os.getpid()}.partial") for final in (self.path, errors_path(self.path))
+        ]
+
+    def __enter__(self) -> ScoreFile:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = pq.ParquetWriter(self._partial[0], self._schema)
+        self._errors: IO[str] | None = None
+        return self
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self._rows.append(row)
+        self._tokens += len(row["weights"])
+        self.written += 1
+        if len(self._rows) >= _GROUP_ROWS or self._tokens >= _GROUP_TOKENS:
+            self._flush()
+
+    def set_aside(self, line: int, reason: str) -> None:
+        if self._errors is None:
+            self._errors = self._partial[1].open("w", encoding="utf-8", newline="\n")
+        self._errors.write(json.dumps({"line": line, "reason": reason}) + "\n")
+        self.aside += 1
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows, self._tokens = [], 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+            self._writer.close()
+            if self._errors is not None:
+                self._errors.close()
+            if kind is None:
+                os.replace(self._partial[0], self.path)
+                if self.aside:
+                    os.replace(self._partial[1], errors_path(self.path))
+                else:
+                    errors_path(self.path).unlink(missing_ok=True)  # of an earlier run
+        finally:
+            for partial in self._partial:
+                partial.unlink(missing_ok=True)

@@ -1,0 +1,433 @@
+"""Queries and keys of chosen layers out of any transformers model that uses the attention interface.
+
+How: for the length of one forward pass the model's configuration names an attention implementation of ours. It is
+called in every softmax layer after rotary embedding and normalisation, keeps q and k of the chosen layers, and hands
+over to the kernel that the model is really configured with. In the deepest chosen layer it ends the pass: neither the
+layers above nor the LM head run. Afterwards the configuration is as it was; no hook or module is ever added.
+
+The mask function registered beside it keeps a description of the mask in place of a mask [N, N], and every tile of it
+is evaluated when it is needed; so padding, sliding windows and packed documents hold in the rows as they hold in the
+model.
+
+Shapes: B rows of a batch, T their length with pads, N tokens of one trace, H query heads, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from flowgraph.rows import AttentionRows, LayerQK
+
+Layers = Literal["middle", "all"] | Sequence[int]
+
+_NAME = "flowgraph"
+_QUERY_CHUNK = 256
+"""Queries at a time where a kernel needs an explicit mask, so that neither mask nor scores are [T, T]."""
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What the model's mask looks like, and not the mask itself."""
+
+    function: Callable[..., Tensor]
+    padding: Tensor | None
+    """[B, T] bool, False at pads."""
+    use_vmap: bool
+    offset: int
+    kernel_mask: Any
+    """The mask that the configured kernel wants, where that isn't an [N, N] tensor (flash, flex)."""
+
+    @property
+    def is_causal(self) -> bool:
+        return self.function is causal_mask_function
+
+    def tile(self, batch_size: int, start: int, stop: int, device: torch.device) -> Tensor:
+        """[B, 1, stop - start, stop] bool, True where the query sees the key. Keys beyond `stop` are in the future."""
+        mask = sdpa_mask(
+            batch_size=batch_size,
+            q_length=stop - start,
+            kv_length=stop,
+            q_offset=start + self.offset,
+            mask_function=self.function,
+            attention_mask=self.padding,
+            allow_is_causal_skip=False,
+            use_vmap=self.use_vmap,
+            device=device,
+        )
+        assert mask is not None
+        return mask
+
+    def visible(self, row: int, query: Tensor, key: Tensor) -> Tensor:
+        """[r, n] bool for positions query [r] and key [n] of one row of the batch."""
+        if self.use_vmap:
+            tile = self.tile(row + 1, int(query[0]), int(query[-1]) + 1, query.device)[row, 0]
+            return tile[query - query[0]][:, key]
+        batch, head = query.new_full((1, 1), row), query.new_zeros(1, 1)
+        return self.function(batch, head, query[:, None], key[None, :]).expand(len(query), len(key))
+
+
+@dataclass
+class _Layer:
+    query: Tensor
+    key: Tensor
+    scaling: float
+    softcap: float | None
+    sink_logits: Tensor | None
+    mask: _Mask
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Queries and keys of the chosen layers for a whole batch.
+
+    Attributes:
+        model: name of the model. layers: the numbers of the chosen layers, ascending.
+    """
+
+    model: str
+    layers: list[int]
+    _kept: list[_Layer] = field(repr=False)
+
+    def rows(self, row: int, positions: Tensor, block: int | None = None) -> AttentionRows:
+        """The attention among some tokens of one row of the batch, as a stream of row blocks.
+
+        Args:
+            row: number of the row in the batch.
+            positions: [N] int64, ascending: the positions of the trace's tokens in that row (no pads, one document).
+        """
+        positions = positions.to(self._kept[0].query.device)
+        start, N = int(positions[0]), len(positions)
+        # A slice is a view; only a trace with holes has to be copied.
+        index: Any = slice(start, start + N) if int(positions[-1]) == start + N - 1 else positions
+        tiles = {}
+        layers = []
+        for kept in self._kept:
+            if not kept.mask.is_causal and id(kept.mask) not in tiles:
+                tiles[id(kept.mask)] = _bind(kept.mask, row)
+            layers.append(
+                LayerQK(
+                    query=kept.query[row][:, index],
+                    key=kept.key[row][:, index],
+                    scaling=kept.scaling,
+                    softcap=kept.softcap,
+                    sink_logits=kept.sink_logits,
+                    visible=tiles.get(id(kept.mask)),
+                )
+            )
+        return AttentionRows(layers, positions, block)
+
+
+def _bind(mask: _Mask, row: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda query, key: mask.visible(row, query, key)
+
+
+def capture(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    layers: Layers = "middle",
+) -> Capture:
+    """Run the model up to the deepest chosen layer and keep the queries and keys of the chosen ones.
+
+    The pass runs without gradients and in evaluation mode, on the attention kernel that the model is configured with.
+
+    Args:
+        model: a causal language model of transformers (also wrapped by PEFT, DDP or `torch.compile`).
+        input_ids: [B, T] int64.
+        attention_mask: [B, T], 0 at pads; default: no pads.
+        position_ids: [B, T]; where it restarts at 0 within a row, a new packed document begins.
+        layers: "middle" (the middle third of the softmax layers, `L // 3 .. 2 * L // 3`), "all", or layer numbers
+            (negative ones count from the end).
+
+    Raises:
+        ValueError: the model doesn't use the attention interface, or a layer asked for by number has no softmax
+            attention; the message lists what there is.
+    """
+    model = _unwrap(model)
+    device = next(model.parameters()).device
+    input_ids = input_ids.to(device)
+    softmax_layers = softmax_layers_of(model, input_ids)
+    chosen = choose_layers(softmax_layers, layers)
+    inputs = _model_inputs(input_ids, attention_mask, position_ids)
+    packed = position_ids is not None and is_packed(position_ids, attention_mask)
+    recorder = _Recorder(frozenset(chosen), chosen[-1], documents_of(inputs["position_ids"]) if packed else None)
+    _forward(model, recorder, inputs)
+    kept = [recorder.kept[layer] for layer in chosen]
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return Capture(name, chosen, kept)
+
+
+def softmax_layers_of(model: nn.Module, input_ids: Tensor) -> list[int]:
+    """The numbers of the layers that call the attention interface, found by one forward pass of a few tokens.
+
+    What a model *does* is the only reliable list: names of layer types differ between architectures. The answer is
+    kept as long as the model lives.
+    """
+    model = _unwrap(model)
+    if model not in _SOFTMAX_LAYERS:
+        recorder = _Recorder(wanted=frozenset(), last=None, documents=None)
+        failure = None
+        try:
+            _forward(model, recorder, _model_inputs(input_ids[:1, :4], None, None))
+        except Exception as error:
+            # A model that took our mask without calling our attention has tripped over the mask.
+            if recorder.seen or not recorder.masks:
+                raise
+            failure = error
+        if not recorder.seen:
+            raise ValueError(
+                f"model: {type(model).__name__} does not use the attention interface of transformers (as bloom, "
+                "falcon, gptj, gpt_neo and codegen don't), so its queries and keys cannot be read. Use a model that "
+                "does, or build the graph from attention of your own with TokenGraph.from_dense"
+            ) from failure
+        _SOFTMAX_LAYERS[model] = sorted(recorder.seen)
+    return _SOFTMAX_LAYERS[model]
+
+
+def choose_layers(softmax_layers: list[int], layers: Layers) -> list[int]:
+    """Resolve `layers` against the layers that have softmax attention, ascending."""
+    if layers == "middle":
+        third = len(softmax_layers) // 3
+        return softmax_layers[third : max(2 * len(softmax_layers) // 3, third + 1)]
+    if layers == "all":
+        return list(softmax_layers)
+    if isinstance(layers, str) or not layers or not all(isinstance(layer, int) for layer in layers):
+        raise ValueError(f'layers must be "middle", "all" or a list of layer numbers, got {layers!r}')
+    depth = softmax_layers[-1] + 1
+    numbers = sorted({layer + depth if layer < 0 else layer for layer in layers})
+    if missing := [layer for layer in numbers if layer not in softmax_layers]:
+        raise ValueError(
+            f"layers {missing} have no softmax attention to read; layers of this model that have: {softmax_layers}"
+        )
+    return numbers
+
+
+# --- the forward pass ------------------------------------------------------------------------------------------------
+
+_SOFTMAX_LAYERS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
+_RECORDER: ContextVar[_Recorder | None] = ContextVar("flowgraph_recorder", default=None)
+
+
+class _Done(Exception):
+    """Raised in the deepest chosen layer to end the pass. Never leaves this module."""
+
+
+@dataclass
+class _Recorder:
+    """What one pass is to keep and has kept."""
+
+    wanted: frozenset[int]
+    last: int | None
+    documents: Tensor | None
+    """[B, T] the number of the packed document that each position belongs to."""
+    implementations: dict[int, str | None] = field(default_factory=dict)
+    """id of a configuration -> the attention implementation that it really names."""
+    masks: int = 0
+    """How many masks the model has asked for."""
+    seen: set[int] = field(default_factory=set)
+    kept: dict[int, _Layer] = field(default_factory=dict)
+
+
+def _unwrap(model: nn.Module) -> Any:
+    """The model itself inside `torch.compile` (an exception must not cross compiled code) and DDP."""
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _model_inputs(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> dict[str, Tensor]:
+    """What to call the model with, so that pads and packed documents are understood and nothing else is passed."""
+    inputs = {"input_ids": input_ids}
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if position_ids is not None:
+        position_ids = position_ids.to(input_ids.device)
+        if not is_packed(position_ids, attention_mask):
+            inputs["position_ids"] = position_ids
+        else:
+            # transformers looks for packed documents only if there is no attention mask: each pad becomes its own.
+            if padded:
+                assert attention_mask is not None
+                position_ids = position_ids.masked_fill(~attention_mask.to(position_ids.device).bool(), 0)
+            return inputs | {"position_ids": position_ids}
+    if padded:
+        assert attention_mask is not None
+        attention_mask = attention_mask.to(input_ids.device).long()
+        inputs["attention_mask"] = attention_mask
+        inputs.setdefault("position_ids", (attention_mask.cumsum(-1) - 1).clamp(min=0))
+    return inputs
+
+
+def is_packed(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
+    """Do the positions of real tokens restart within a row?"""
+    restart = position_ids[:, 1:] <= position_ids[:, :-1]
+    if attention_mask is not None:
+        real = attention_mask.to(position_ids.device).bool()
+        restart = restart & real[:, 1:] & real[:, :-1]
+    return bool(restart.any())
+
+
+def documents_of(position_ids: Tensor) -> Tensor:
+    """[B, T] position ids -> [B, T] number of the packed document; a new one begins where they don't go up by one."""
+    begins = torch.zeros_like(position_ids)
+    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return begins.cumsum(-1)
+
+
+@torch.no_grad()
+def _forward(model: Any, recorder: _Recorder, inputs: dict[str, Tensor]) -> None:
+    token = _RECORDER.set(recorder)
+    try:
+        with _evaluation_mode(model), _our_implementation(model, recorder):
+            model(**inputs, use_cache=False)
+    except _Done:
+        pass
+    finally:
+        _RECORDER.reset(token)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout, no gradient checkpointing; each module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _our_implementation(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Let every configuration in the model name our attention implementation, and give each its own name back.
+
+    The private attribute is set directly: `set_attn_implementation` asks whether a model class supports an
+    implementation, and ours is supported wherever the interface is.
+    """
+    configs = {
+        id(config): config
+        for module in model.modules()
+        if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
+    }
+    recorder.implementations = {key: config._attn_implementation_internal for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = _NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = recorder.implementations[key]
+
+
+def _active() -> _Recorder:
+    recorder = _RECORDER.get()
+    if recorder is None:
+        raise RuntimeError('the attention implementation "flowgraph" works only inside flowgraph.capture.capture')
+    return recorder
+
+
+def _mask(config: Any, **arguments: Any) -> _Mask:
+    """Registered mask function: keeps the description; makes a mask only for kernels that want one of their own kind."""
+    recorder = _active()
+    recorder.masks += 1
+    if recorder.documents is not None:
+        # Some models (gpt-oss) don't tell their mask about packed documents and would let them see each other.
+        same_document = packed_sequence_mask_function(recorder.documents)
+        arguments["mask_function"] = and_masks(arguments["mask_function"], same_document)
+        arguments["allow_is_causal_skip"] = False
+    implementation = recorder.implementations[id(config)]
+    kernel_mask = None
+    if implementation not in (None, "eager", "sdpa"):
+        # flash attention wants the mask of pads, flex attention a BlockMask: neither is [N, N].
+        make = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+        kernel_mask = make(config=config, **arguments) if make else None
+    padding = arguments.get("attention_mask")
+    function = arguments["mask_function"]
+    return _Mask(function, padding, bool(arguments.get("use_vmap")), int(arguments.get("q_offset", 0)), kernel_mask)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
+) -> tuple[Tensor, None]:
+    """Registered attention function: keeps q and k, then runs the kernel that the model is configured with."""
+    recorder = _active()
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    recorder.seen.add(layer)
+    if not isinstance(attention_mask, _Mask):
+        raise ValueError(
+            f"{type(module).__name__} of layer {layer} did not take its mask from the mask interface of transformers; "
+            "its attention cannot be read"
+        )
+    if layer in recorder.wanted:
+        scaling = arguments.get("scaling")
+        recorder.kept[layer] = _Layer(
+            query=query,
+            key=key,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            softcap=arguments.get("softcap"),
+            sink_logits=arguments.get("s_aux"),
+            mask=attention_mask,
+        )
+    if layer == recorder.last:
+        raise _Done
+    implementation = recorder.implementations[id(module.config)]
+    return _run_kernel(implementation, module, query, key, value, attention_mask, arguments), None
+
+
+def _run_kernel(
+    implementation: str | None,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: _Mask,
+    arguments: dict[str, Any],
+) -> Tensor:
+    """[B, T, H, D] what the configured kernel gives."""
+    if implementation in (None, "eager"):
+        # The eager function belongs to the model's own file: there are sinks and soft caps in it.
+        kernel: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        kernel = ALL_ATTENTION_FUNCTIONS[implementation]
+    if implementation not in (None, "eager", "sdpa"):
+        module.config._attn_implementation_internal = implementation  # flash kernels look at it
+        try:
+            return kernel(module, query, key, value, mask.kernel_mask, **arguments)[0]
+        finally:
+            module.config._attn_implementation_internal = _NAME
+    if implementation == "sdpa" and mask.is_causal and mask.padding is None:
+        return kernel(module, query, key, value, None, **arguments)[0]
+    B, T = query.shape[0], query.shape[2]
+    parts = []
+    for start in range(0, T, _QUERY_CHUNK):
+        stop = min(start + _QUERY_CHUNK, T)
+        tile = mask.tile(B, start, stop, query.device)
+        if implementation != "sdpa":
+            lowest = torch.finfo(query.dtype).min
+            tile = torch.zeros_like(tile, dtype=query.dtype).masked_fill_(~tile, lowest)
+        out = kernel(module, query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], tile, **arguments)[0]
+        parts.append(out)
+    return torch.cat(parts, dim=1)
+
+
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, _mask)

@@ -1,0 +1,212 @@
+"""Scores -> token weights: every rule of it, and credit, which applies one to a flow.
+
+A weight multiplies a token's term in a policy-gradient loss. Every rule gives 1 to tokens outside the mask and to
+tokens with score 0 ("never a token without flow"), and weights between 1 and `gain` to the others:
+
+    top           gain for the ceil(top * n) highest of the n tokens in the mask, 1 for the rest; ties go to the earlier
+                  token (arXiv 2606.10646: top = 0.4, gain = 1.5)
+    proportional  1 + (gain - 1) * s / max s
+    rank          1 + (gain - 1) * (share of the mask's tokens with a score <= s)
+    softmax       1 + (gain - 1) * exp((s - max s) / (temperature * std of s))
+
+Shapes: T tokens of a trace, B traces, N tokens of all graphs of a flow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch_geometric.utils import to_dense_batch
+
+from flowgraph.flow import Flow
+from flowgraph.graph import graph_batch, graph_ptr
+
+SCORES = ("throughput", "reach")
+
+
+def weights_from_scores(
+    scores: Tensor,
+    mask: Tensor,
+    rule: str = "top",
+    *,
+    top: float = 0.4,
+    gain: float = 1.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Turn scores into weights, each trace by itself.
+
+    Args:
+        scores: [T] or [B, T], finite and >= 0 inside the mask; anything may stand outside.
+        mask: bool, same shape: the tokens that take part.
+        rule: "top", "proportional", "rank" or "softmax" (formulas at the top of this module).
+        top: share of the tokens that "top" picks, in (0, 1]. gain: the highest weight, >= 0 (below 1 it damps).
+        temperature: of "softmax", > 0, in standard deviations of the scores.
+
+    Returns:
+        Weights, float, same shape: 1 outside the mask.
+
+    Raises:
+        ValueError: names the argument, the trace and the token.
+    """
+    if rule not in _RULES:
+        raise ValueError(f"rule must be one of {', '.join(map(repr, _RULES))}, got {rule!r}")
+    if not 0 < top <= 1:
+        raise ValueError(f"top must be in (0, 1], got {top}")
+    if not (math.isfinite(gain) and gain >= 0):
+        raise ValueError(f"gain must be finite and >= 0, got {gain}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if scores.ndim not in (1, 2) or not scores.is_floating_point():
+        raise ValueError(f"scores must be a float tensor [T] or [B, T], got {list(scores.shape)} {scores.dtype}")
+    if mask.shape != scores.shape or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool {list(scores.shape)} like scores, got {list(mask.shape)} {mask.dtype}")
+    rows, masks = torch.atleast_2d(scores), torch.atleast_2d(mask)
+    if (bad := masks & ~((rows >= 0) & (rows < torch.inf))).any():
+        row, token = (int(x) for x in bad.nonzero()[0])
+        raise ValueError(
+            f"scores of trace {row}, token {token} is {float(rows[row, token])}; scores must be finite and >= 0"
+        )
+    rows = rows.masked_fill(~masks, 0)
+    strength = _RULES[rule](rows, masks, top, temperature)
+    weights = torch.where(masks & (rows > 0), 1 + (gain - 1) * strength, 1)
+    return weights.view(scores.shape).to(scores.dtype)
+
+
+# Each rule: scores [B, T] (0 outside the mask), mask [B, T] -> strength [B, T] in [0, 1].
+
+
+def _top(scores: Tensor, mask: Tensor, top: float, temperature: float) -> Tensor:
+    # Rounded first: 0.1 * 30 is 3.0000000000000004 and must count as 3.
+    count = torch.tensor([math.ceil(round(top * n, 6)) for n in mask.sum(-1).tolist()], device=scores.device)
+    order = torch.sort(scores.masked_fill(~mask, -1), dim=-1, descending=True, stable=True).indices
+    rank = torch.argsort(order, dim=-1)
+    return (rank < count[:, None]).to(scores)
+
+
+def _proportional(scores: Tensor, mask: Tensor, top: float, temperature: float) -> Tensor:
+    most = _max(scores)
+    return torch.where(most > 0, scores / most, 0)
+
+
+def _rank(scores: Tensor, mask: Tensor, top: float, temperature: float) -> Tensor:
+    ordered = scores.masked_fill(~mask, torch.inf).sort(dim=-1).values
+    below = torch.searchsorted(ordered, scores.contiguous(), right=True)
+    return (below / mask.sum(-1, keepdim=True).clamp(min=1)).clamp(max=1).to(scores)
+
+
+def _softmax(scores: Tensor, mask: Tensor, top: float, temperature: float) -> Tensor:
+    n = mask.sum(-1, keepdim=True).clamp(min=1)
+    mean = scores.sum(-1, keepdim=True) / n
+    std = (((scores - mean) * mask).square().sum(-1, keepdim=True) / n).sqrt()
+    away = torch.where(std > 0, (scores - _max(scores)) / (temperature * std), 0)
+    return away.clamp(max=0).exp()
+
+
+def _max(scores: Tensor) -> Tensor:
+    return scores.max(dim=-1, keepdim=True).values if scores.shape[-1] else scores.new_zeros(len(scores), 1)
+
+
+_RULES: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
+    "top": _top,
+    "proportional": _proportional,
+    "rank": _rank,
+    "softmax": _softmax,
+}
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Credits for one graph or a batch, token by token in the graphs' order.
+
+    Attributes:
+        weights: [N] what to multiply a token's loss with; 1 outside `mask`.
+        scores: [N] the throughput or reach that they come from.
+        mask: [N] bool, the tokens that could get credit (the graphs' `credit_mask`).
+        flags: one tuple per graph: "no_answer" (it has no sinks), "no_flow" (no flow passes any token of the mask).
+            Either way the weights of that graph are uniform.
+        ptr: [B + 1] where each graph begins.
+    """
+
+    weights: Tensor
+    scores: Tensor
+    mask: Tensor
+    flags: list[tuple[str, ...]]
+    ptr: Tensor
+
+    def __len__(self) -> int:
+        """Number of graphs."""
+        return len(self.flags)
+
+    def __getitem__(self, number: int) -> Credit:
+        """The credit of one graph."""
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"graph {number} of credits for {len(self)}")
+        number %= len(self)
+        tokens = slice(int(self.ptr[number]), int(self.ptr[number + 1]))
+        return Credit(
+            self.weights[tokens],
+            self.scores[tokens],
+            self.mask[tokens],
+            [self.flags[number]],
+            self.ptr[number : number + 2] - self.ptr[number],
+        )
+
+    def __iter__(self) -> Iterator[Credit]:
+        return (self[number] for number in range(len(self)))
+
+    def to_layout(self, rows: Sequence[int], positions: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+        """Weights in the caller's own layout [B, T]; 1 where no graph has a token.
+
+        Args:
+            rows: for each graph the row of the batch that it stands in.
+            positions: for each graph [N] the positions of its tokens in that row.
+            shape: (B, T).
+        """
+        out = torch.ones(shape, dtype=self.weights.dtype, device=self.weights.device)
+        for number, (row, position) in enumerate(zip(rows, positions, strict=True)):
+            out[row, position.to(out.device)] = self[number].weights
+        return out
+
+
+def credit(
+    flow: Flow,
+    score: str = "throughput",
+    *,
+    rule: str = "top",
+    top: float = 0.4,
+    gain: float = 1.5,
+    temperature: float = 1.0,
+) -> Credit:
+    """Give every token of one trace, or of each trace of a batch, its weight.
+
+    Ranked are the tokens of the graph's `credit_mask`: the response without the answer itself, special tokens and tool
+    output. (arXiv 2606.10646, credit; docs/method.md, section 4.)
+
+    Args:
+        flow: from `trace_flow`.
+        score: "throughput", the flow through a token, or "reach", its influence on the answer wherever that comes from.
+        rule, top, gain, temperature: as in `weights_from_scores`.
+    """
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r}")
+    graph, mask = flow.graph, flow.graph.credit_mask
+    scores = flow.throughput if score == "throughput" else flow.reach
+    batch, ptr = graph_batch(graph), graph_ptr(graph)
+    sizes = {"batch_size": len(ptr) - 1}
+    dense, real = to_dense_batch(scores, batch, **sizes)
+    dense_mask, _ = to_dense_batch(mask, batch, **sizes)
+    weights = weights_from_scores(dense, dense_mask & real, rule, top=top, gain=gain, temperature=temperature)[real]
+
+    def none_of(what: Tensor) -> list[bool]:
+        return (to_dense_batch(what, batch, **sizes)[0].sum(-1) == 0).tolist()
+
+    no_answer, no_flow = none_of(graph.answer_mask), none_of((scores > 0) & mask)
+    flags = [
+        (*(("no_answer",) if blind else ()), *(("no_flow",) if dry else ()))
+        for blind, dry in zip(no_answer, no_flow, strict=True)
+    ]
+    return Credit(weights, scores, mask, flags, ptr)

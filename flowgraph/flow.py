@@ -1,0 +1,156 @@
+"""trace_flow: what of a trace reaches the answer, and how the flow from the question gets there.
+
+Shapes: N tokens, E edges, B graphs of a batch; a single graph is a batch of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch
+
+from flowgraph.graph import TokenGraph, graph_batch, graph_ptr
+from flowgraph.solve import SOLVERS, System, choose_solver
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+"""Relative error at which iterative solvers stop, by the dtype of the graph's weights."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The flow through one graph or a batch, in the dtype and on the device of its weights.
+
+    Attributes:
+        reach: [N] influence of each token that reaches the answer; exactly 0 where no path leads there. At most the number
+            of sinks where rows sum to at most 1. Where it is too small for the dtype it is 0 and `log_reach` is not.
+        log_reach: [N] its natural logarithm, -inf where no path leads to the answer.
+        flow: [N] the flow that passes through each token; the total injected into a graph is 1.
+        throughput: [N] inflow + outflow = 2 * flow (injection counts as inflow, absorption as outflow).
+        edge_flow: [E] the flow on each edge, in the order of `graph.edge_index`.
+        transition: [E] P(i -> k), the share of token i's flow that takes the edge.
+        injection: [N] what flows in from outside; sums to `injected` per graph.
+        injected: [B] 1, or 0 where no source reaches the answer. absorbed: [B] what arrived at the sinks.
+        unabsorbed: [B] their difference: rounding, or what `max_hops` has cut off.
+        iterations: [B] hops of the iterative solver; 1 for the direct ones.
+        solver: the algorithm that ran. graph: the graph or batch itself.
+    """
+
+    reach: Tensor
+    log_reach: Tensor
+    flow: Tensor
+    throughput: Tensor
+    edge_flow: Tensor
+    transition: Tensor
+    injection: Tensor
+    injected: Tensor
+    absorbed: Tensor
+    unabsorbed: Tensor
+    iterations: Tensor
+    solver: str
+    graph: TokenGraph
+
+    def __len__(self) -> int:
+        """Number of graphs."""
+        return len(self.injected)
+
+    def __getitem__(self, number: int) -> Flow:
+        """The flow of one graph of the batch."""
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"graph {number} of a flow with {len(self)}")
+        if not isinstance(self.graph, Batch):
+            return self
+        number %= len(self)
+        ptr = graph_ptr(self.graph)
+        tokens = slice(int(ptr[number]), int(ptr[number + 1]))
+        ends = torch.searchsorted(self.graph.edge_index[1].contiguous(), ptr[number : number + 2].to(self.reach.device))
+        edges = slice(int(ends[0]), int(ends[1]))
+        one = slice(number, number + 1)
+        return Flow(
+            **{name: getattr(self, name)[tokens] for name in ("reach", "log_reach", "flow", "throughput", "injection")},
+            **{name: getattr(self, name)[edges] for name in ("edge_flow", "transition")},
+            **{name: getattr(self, name)[one] for name in ("injected", "absorbed", "unabsorbed", "iterations")},
+            solver=self.solver,
+            graph=self.graph[number],
+        )
+
+    def __iter__(self) -> Iterator[Flow]:
+        return (self[number] for number in range(len(self)))
+
+
+def trace_flow(
+    graph: TokenGraph,
+    solver: str = "auto",
+    *,
+    absorb_at_prompt: bool = False,
+    tol: float | None = None,
+    max_hops: int | None = None,
+) -> Flow:
+    """Send one unit of flow from the question of each graph to its answer.
+
+    Backward, reach; from it the conserving transitions; forward, the flow (docs/method.md, sections 1 to 3).
+
+    Args:
+        graph: a `TokenGraph`, or a batch of them from `Batch.from_data_list` or a `DataLoader`.
+        solver: the algorithm. "scipy": sparse triangular solve, CPU only. "scatter": message passing, any device.
+            "reference": dense float64, for tests. "auto": scipy on the CPU, scatter elsewhere.
+        absorb_at_prompt: edges whose later end is a prompt token that is no sink don't exist: flow leaves the prompt at
+            once and never runs within it.
+        tol: relative error per token at which "scatter" stops; default 1e-6 in float32, 1e-12 in float64.
+        max_hops: limit on its hops (default: none). What it cuts off is in `unabsorbed`.
+
+    Raises:
+        ValueError: unknown solver, a solver that can't run on the graph's device, or a graph that breaks a law.
+    """
+    if not isinstance(graph, TokenGraph):
+        raise TypeError(
+            f"graph must be a TokenGraph or a batch of them, got {type(graph).__name__}; see TokenGraph.from_edges"
+        )
+    if max_hops is not None and max_hops < 0:
+        raise ValueError(f"max_hops must be >= 0, got {max_hops}")
+    graph.validate()
+    weight, source, target = graph.edge_weight, graph.edge_index[0], graph.edge_index[1]
+    if absorb_at_prompt:
+        weight = weight * ~(graph.prompt_mask & ~graph.answer_mask)[target]
+    batch = graph_batch(graph)
+    system = System(
+        edge_index=graph.edge_index,
+        edge_weight=weight,
+        sinks=graph.answer_mask,
+        sources=graph.question_mask,
+        batch=batch,
+        num_graphs=len(graph_ptr(graph)) - 1,
+        tol=TOLERANCE[weight.dtype] if tol is None else tol,
+        max_hops=max_hops,
+    )
+    solver = choose_solver(solver, weight.device)
+    solution = SOLVERS[solver](system)
+
+    def per_graph(values: Tensor) -> Tensor:
+        total = torch.zeros(system.num_graphs, dtype=values.dtype, device=values.device)
+        return total.scatter_add_(0, batch.to(values.device), values)
+
+    flow, transition = solution.flow, solution.transition
+    injected = per_graph(solution.injection)
+    absorbed = per_graph(flow * graph.answer_mask.to(flow.device))
+
+    def out(values: Tensor) -> Tensor:
+        return values.to(weight)
+
+    return Flow(
+        reach=out(solution.reach.value),
+        log_reach=out(solution.reach.log),
+        flow=out(flow),
+        throughput=out(2 * flow),
+        edge_flow=out(flow[source.to(flow.device)] * transition),
+        transition=out(transition),
+        injection=out(solution.injection),
+        injected=out(injected),
+        absorbed=out(absorbed),
+        unabsorbed=out(injected - absorbed),
+        iterations=solution.iterations.to(weight.device),
+        solver=solver,
+        graph=graph,
+    )

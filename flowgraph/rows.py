@@ -1,0 +1,144 @@
+"""Attention as a stream of row blocks, so that no [N, N] tensor is ever held.
+
+Shapes: N tokens, r rows of a block, H query heads, K key heads, D head size. `W[k, i]` is the attention that token
+`k` pays to token `i`, averaged over all heads of the chosen layers; rows of a block are consecutive `k`, and columns
+run from 0 to the last row of the block, since nothing attends to the future.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 48 * 2**20
+"""Budget for the scores [H, r, N] of one layer and one block; it sets the number of rows per block."""
+
+
+class RowBlock(NamedTuple):
+    """Rows `start .. start + r - 1` of `W`."""
+
+    start: int
+    weight: Tensor
+    """[r, start + r], diagonal included; zero above the diagonal."""
+
+
+class Rows(Protocol):
+    """A matrix `W` [N, N] that is read block by block, first rows first."""
+
+    num_tokens: int
+
+    def blocks(self) -> Iterator[RowBlock]: ...
+
+
+class DenseRows:
+    """The rows of a dense matrix: for tests, for small traces and for attention from elsewhere.
+
+    Args:
+        W: [N, N] float, row = later token, column = earlier token; zero above the diagonal.
+    """
+
+    def __init__(self, W: Tensor, block: int = 1024) -> None:
+        if W.ndim != 2 or W.shape[0] != W.shape[1] or not W.is_floating_point():
+            raise ValueError(f"W must be a float matrix [N, N], got {list(W.shape)} {W.dtype}")
+        self.W = W if W.dtype in (torch.float32, torch.float64) else W.float()
+        self.num_tokens, self._block = len(W), block
+
+    def blocks(self) -> Iterator[RowBlock]:
+        for start in range(0, self.num_tokens, self._block):
+            stop = min(start + self._block, self.num_tokens)
+            rows = self.W[start:stop]
+            # Not `!= 0` on the part above the diagonal: NaN must be named as such by the weights' own check.
+            ahead = torch.triu(rows, diagonal=start + 1)
+            if ahead.any():
+                row, column = (int(x) for x in ahead.nonzero()[0])
+                raise ValueError(
+                    f"W[{row + start}, {column}] = {float(rows[row, column]):g} runs against time: token {row + start} "
+                    f"cannot attend to the later token {column}; pass W with row = later token (W.T?)"
+                )
+            yield RowBlock(start, rows[:, :stop])
+
+
+MaskTile = Callable[[Tensor, Tensor], Tensor]
+"""(query positions [r], key positions [n]) -> [r, n] bool: may this query see this key?"""
+
+
+@dataclass(frozen=True)
+class LayerQK:
+    """Queries and keys of one layer for one trace, after rotary embedding, pads removed.
+
+    Attributes:
+        query: [H, N, D]; key: [K, N, D], K divides H.
+        scaling: factor on q k^T. softcap: `c * tanh(x / c)` on the scores, or None (Gemma 2).
+        sink_logits: [H] logits that take part in the softmax without being a token (gpt-oss), or None.
+        visible: which key a query may see, or None for plain causal attention.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    visible: MaskTile | None = None
+
+
+class AttentionRows:
+    """The head-averaged attention of some layers, recomputed from their queries and keys.
+
+    Scores, softmax and mean are taken in float32 (float64 if the model is), whatever the model's dtype. Memory is
+    O(H * r * N) for one block of one layer. Attention to the future, which no causal model pays, is left out.
+
+    Args:
+        layers: one `LayerQK` per chosen layer, all of one trace.
+        positions: [N] where the tokens stand in the sequence that the model saw; windows and documents go by these.
+        block: rows per block; default: as many as `BLOCK_BYTES` holds, at most 256.
+    """
+
+    def __init__(self, layers: list[LayerQK], positions: Tensor, block: int | None = None) -> None:
+        self._dtype = torch.float64 if layers[0].query.dtype == torch.float64 else torch.float32
+        self._layers, self._positions, self._block = layers, positions, block
+        self.num_tokens = layers[0].query.shape[1]
+
+    def blocks(self) -> Iterator[RowBlock]:
+        N = self.num_tokens
+        heads = max(layer.query.shape[0] for layer in self._layers)
+        size = self._block or max(16, min(256, BLOCK_BYTES // (4 * heads * N)))
+        keys = [layer.key.to(self._dtype).mT.contiguous() for layer in self._layers]
+        total_heads = sum(layer.query.shape[0] for layer in self._layers)
+        for start in range(0, N, size):
+            stop = min(start + size, N)
+            block = torch.zeros(stop - start, stop, dtype=self._dtype, device=keys[0].device)
+            hidden: dict[MaskTile | None, Tensor | None] = {}
+            for layer, key in zip(self._layers, keys, strict=True):
+                if layer.visible not in hidden:
+                    hidden[layer.visible] = self._hidden(layer.visible, start, stop)
+                block += self._head_sum(layer, key, hidden[layer.visible], start, stop)
+            yield RowBlock(start, block.div_(total_heads))
+
+    def _hidden(self, visible: MaskTile | None, start: int, stop: int) -> Tensor | None:
+        """[r, stop] True where the query may not see the key; None for plain causal attention."""
+        if visible is None:
+            return None
+        return ~visible(self._positions[start:stop], self._positions[:stop])
+
+    def _head_sum(self, layer: LayerQK, key: Tensor, hidden: Tensor | None, start: int, stop: int) -> Tensor:
+        """[r, stop] attention of one layer, added up over its heads."""
+        r, (H, _, D), K = stop - start, layer.query.shape, key.shape[0]
+        # Query heads that share a key head become rows of one product: the keys are never repeated.
+        query = layer.query[:, start:stop].to(self._dtype).reshape(K, H // K * r, D)
+        scores = torch.matmul(query, key[:, :, :stop]).mul_(layer.scaling).view(H, r, stop)
+        if layer.softcap is not None:
+            scores = scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
+        # Everything before the block is in the past: only the square at its end needs the causal mask.
+        ahead = torch.ones(r, r, dtype=torch.bool, device=scores.device).triu_(1)
+        scores[:, :, start:].masked_fill_(ahead, -torch.inf)
+        if hidden is not None:
+            scores.masked_fill_(hidden, -torch.inf)
+        if layer.sink_logits is None:
+            return torch.softmax(scores, dim=-1).sum(0)
+        total = torch.logsumexp(scores, dim=-1)
+        total = torch.logaddexp(total, layer.sink_logits.to(total)[:, None])
+        return scores.sub_(total[:, :, None]).exp_().sum(0)

@@ -1,0 +1,67 @@
+"""What the tests share: the small real model, real reasoning, a fixed seed, and what is skipped where."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no test reaches for the hub
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from flowgraph import smollm2 as smollm2_source
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A busy machine makes single examples slow, which says nothing about the code.
+settings.register_profile("flowgraph", deadline=None)
+settings.load_profile("flowgraph")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """(model, tokenizer): SmolLM2-135M-Instruct, float32, CPU, evaluation mode. Leave it as it was."""
+    return smollm2_source.load(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> Any:
+    """The tokenizer alone, for tests that need no model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_source.folder(), local_files_only=True)
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> list[dict[str, Any]]:
+    """3,000 solutions to 600 GSM8K problems, each a dict of problem, question, response, answer, correct,
+    source.
+
+    A response ends in "A: <number>". The file lies in $FLOWGRAPH_DATA, else in shared/data beside the
+    checkout.
+    """
+    folder = Path(os.environ.get("FLOWGRAPH_DATA") or ROOT.parent / "shared" / "data")
+    path = folder / "gsm8k_solutions.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no real solutions: {path} is missing (set FLOWGRAPH_DATA to the folder that holds it)")
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

@@ -1,0 +1,281 @@
+"""Capture equals eager attention for every architecture and layout, and leaves no trace in the model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowgraph import capture
+from flowgraph.capture import choose_layers, softmax_layers_of
+from tests.models import ARCHITECTURES, VOCABULARY, eager_attention, tiny
+
+capture_module = importlib.import_module("flowgraph.capture")  # flowgraph.capture itself is the function
+
+B, T = 3, 40
+LENGTHS = (31, 40, 37)
+DOCUMENTS = (13, 20, 7)
+architectures = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def ids() -> Tensor:
+    return torch.randint(3, VOCABULARY, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+def padding(side: str) -> Tensor:
+    place = torch.arange(T)
+    lengths = torch.tensor(LENGTHS)[:, None]
+    return (place >= T - lengths if side == "left" else place < lengths).long()
+
+
+def dense_rows(captured: Any, row: int, positions: Tensor, block: int | None = 7) -> Tensor:
+    """[N, N] what the stream of row blocks holds."""
+    N = len(positions)
+    W = torch.full((N, N), torch.nan, dtype=torch.float64)
+    for start, rows in captured.rows(row, positions, block=block).blocks():
+        W[start : start + len(rows)] = 0
+        W[start : start + len(rows), : rows.shape[1]] = rows.double()
+    return W
+
+
+@architectures
+def test_equals_eager_attention(name: str) -> None:
+    model, input_ids = tiny(name), ids()
+    captured = capture(model, input_ids, layers="all")
+    expected = eager_attention(model, input_ids=input_ids)
+    for row in range(B):
+        assert (dense_rows(captured, row, torch.arange(T)) - expected[row]).abs().max() < 1e-5
+
+
+@architectures
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_equals_eager_attention_with_pads(name: str, side: str) -> None:
+    model, input_ids, mask = tiny(name), ids(), padding(side)
+    captured = capture(model, input_ids, mask, layers="all")
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = eager_attention(model, input_ids=input_ids, attention_mask=mask, position_ids=position_ids)
+    for row in range(B):
+        real = mask[row].nonzero().flatten()
+        assert (dense_rows(captured, row, real) - expected[row][real][:, real]).abs().max() < 1e-5
+
+
+@architectures
+def test_packed_documents_equal_the_documents_alone(name: str) -> None:
+    if name == "qwen3_5":
+        pytest.skip("its linear layers carry state from one packed document into the next, whatever the attention does")
+    model, input_ids = tiny(name), ids()[:1]
+    position_ids = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
+    captured = capture(model, input_ids, position_ids=position_ids, layers="all")
+    start = 0
+    for length in DOCUMENTS:
+        place = torch.arange(start, start + length)
+        alone = eager_attention(model, input_ids=input_ids[:, place])
+        assert (dense_rows(captured, 0, place) - alone[0]).abs().max() < 1e-5
+        start += length
+
+
+def test_packed_hybrid_equals_its_own_eager_attention() -> None:
+    model, input_ids = tiny("qwen3_5"), ids()[:1]
+    position_ids = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
+    captured = capture(model, input_ids, position_ids=position_ids)
+    expected = eager_attention(model, input_ids=input_ids, position_ids=position_ids)[0]
+    place = torch.arange(13, 33)
+    assert (dense_rows(captured, 0, place) - expected[place][:, place]).abs().max() < 1e-5
+
+
+def test_packed_with_pads_at_the_end() -> None:
+    model, input_ids = tiny("mistral"), ids()[:1]
+    position_ids = torch.cat([torch.arange(13), torch.arange(20), torch.zeros(7, dtype=torch.long)])[None]
+    mask = (torch.arange(T) < 33).long()[None]
+    captured = capture(model, input_ids, mask, position_ids, layers="all")
+    alone = eager_attention(model, input_ids=input_ids[:, 13:33])
+    assert (dense_rows(captured, 0, torch.arange(13, 33)) - alone[0]).abs().max() < 1e-5
+
+
+@architectures
+def test_bfloat16_is_within_two_percent(name: str) -> None:
+    model, input_ids = tiny(name).bfloat16(), ids()
+    captured = capture(model, input_ids, layers="all")
+    expected = eager_attention(model, input_ids=input_ids)
+    for row in range(B):
+        W = dense_rows(captured, row, torch.arange(T))
+        assert (W - expected[row]).norm() / expected[row].norm() < 2e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3", "qwen3_5"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_the_pass_itself_is_the_models_own(
+    name: str, implementation: str, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What enters the deepest layer equals the q of a plain forward: nothing before it was computed differently."""
+    monkeypatch.setattr(capture_module, "_QUERY_CHUNK", 16)  # kernels with an explicit mask run in several chunks
+    model, input_ids = tiny(name, implementation), ids()
+    mask = None if side == "none" else padding(side)
+    deepest = softmax_layers_of(model, input_ids)[-1]
+    seen: list[Tensor] = []
+    attention = model.model.layers[deepest].self_attn
+    hook = attention.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)
+    position_ids = {} if mask is None else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "attention_mask": mask}
+    with torch.no_grad():
+        model(input_ids, **position_ids, use_cache=False)
+        capture(model, input_ids, mask, layers=[deepest])
+    hook.remove()
+    plain, ours = seen
+    real = torch.ones(B, T, dtype=torch.bool) if mask is None else mask.bool()
+    assert (plain - ours)[real].abs().max() < 1e-5
+
+
+def test_a_padded_row_equals_the_row_alone() -> None:
+    model, input_ids, mask = tiny("llama"), ids(), padding("left")
+    captured = capture(model, input_ids, mask)
+    real = mask[0].nonzero().flatten()
+    alone = capture(model, input_ids[:1, real])
+    difference = dense_rows(captured, 0, real) - dense_rows(alone, 0, torch.arange(len(real)))
+    assert difference.abs().max() < 1e-5
+
+
+def test_pads_in_the_middle_keep_their_distance() -> None:
+    """A sliding window counts places in the sequence that the model saw, pads included."""
+    model, input_ids = tiny("mistral"), ids()[:1]
+    mask = torch.ones(1, T, dtype=torch.long)
+    mask[0, 15:19] = 0
+    position_ids = torch.arange(T)[None]
+    captured = capture(model, input_ids, mask, position_ids, layers="all")
+    expected = eager_attention(model, input_ids=input_ids, attention_mask=mask, position_ids=position_ids)[0]
+    real = mask[0].nonzero().flatten()
+    assert (dense_rows(captured, 0, real) - expected[real][:, real]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("block", [1, 3, 40, 64, None])
+def test_the_size_of_blocks_does_not_matter(block: int | None) -> None:
+    model, input_ids = tiny("gpt_oss"), ids()
+    captured = capture(model, input_ids)
+    whole = dense_rows(captured, 1, torch.arange(T), block=T)
+    assert (dense_rows(captured, 1, torch.arange(T), block=block) - whole).abs().max() < 1e-6
+
+
+def state_of(model: Any) -> tuple[Any, ...]:
+    modules = list(model.modules())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
+    configs = [m.config._attn_implementation for m in modules if hasattr(m, "config")]
+    return hooks, configs, [m.training for m in modules], model.config.to_json_string(), len(modules)
+
+
+@architectures
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_left_as_it_was(name: str, training: bool) -> None:
+    model, input_ids = tiny(name), ids()
+    with torch.no_grad():
+        logits = model(input_ids).logits
+    model.train(training)
+    model.model.layers[0].eval()  # mixed modes come back as they were
+    before = state_of(model)
+    capture(model, input_ids, padding("left"))
+    assert state_of(model) == before
+    with pytest.raises(IndexError):
+        capture(model, input_ids + VOCABULARY)  # token ids beyond the embedding: an exception inside the model
+    assert state_of(model) == before
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids).logits, logits)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_exception_in_the_deepest_layers_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, input_ids = tiny("llama"), ids()
+    before = state_of(model)
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("kernel died")
+
+    softmax_layers_of(model, input_ids)
+    monkeypatch.setattr(capture_module, "_run_kernel", broken)
+    with pytest.raises(RuntimeError, match="kernel died"):
+        capture(model, input_ids)
+    assert state_of(model) == before
+
+
+def test_layers_above_the_deepest_chosen_one_and_the_head_do_not_run() -> None:
+    model, input_ids = tiny("llama"), ids()
+    softmax_layers_of(model, input_ids)
+    ran: list[str] = []
+    watched = {f"layer {n}": layer for n, layer in enumerate(model.model.layers)} | {"head": model.lm_head}
+    for name, module in watched.items():
+        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    assert capture(model, input_ids, layers=[0, 2]).layers == [0, 2]
+    assert ran == ["layer 0", "layer 1", "layer 2"]
+
+
+def test_no_tensor_of_n_by_n_is_held() -> None:
+    """Every tensor made from the capture on is counted: none has N * N elements, though N is small against H * D."""
+    model = tiny("mistral", max_position_embeddings=2048)
+    N = 2048
+    input_ids = torch.randint(3, VOCABULARY, (1, N))
+    mask = torch.ones(1, N, dtype=torch.long)
+    mask[0, :5] = 0
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+            return out
+
+    with Watch():
+        captured = capture(model, input_ids, mask)
+        for _ in captured.rows(0, torch.arange(5, N), block=64).blocks():
+            pass
+    assert largest < N * N
+
+
+def test_choice_of_layers() -> None:
+    softmax = list(range(30))
+    assert choose_layers(softmax, "middle") == list(range(10, 20))
+    assert choose_layers([0], "middle") == [0]
+    assert choose_layers([0, 1], "middle") == [0]
+    assert choose_layers([3, 7, 11, 15], "middle") == [7]
+    assert choose_layers([3, 7, 11], "all") == [3, 7, 11]
+    assert choose_layers([3, 7, 11], [-1, 3]) == [3, 11]
+    assert choose_layers(softmax, range(2, 4)) == [2, 3]
+
+
+def test_hybrid_model_reads_its_softmax_layers_only() -> None:
+    model, input_ids = tiny("qwen3_5"), ids()
+    assert capture(model, input_ids, layers="all").layers == [3]
+    with pytest.raises(ValueError, match=r"layers \[0, 2\] have no softmax attention.*that have: \[3\]"):
+        capture(model, input_ids, layers=[0, 2, 3])
+
+
+@pytest.mark.parametrize("layers", ["last", [], [1.5], None])
+def test_nonsense_for_layers_is_refused(layers: Any) -> None:
+    with pytest.raises(ValueError, match='layers must be "middle", "all" or a list of layer numbers'):
+        capture(tiny("llama"), ids(), layers=layers)
+
+
+def test_models_without_the_interface_are_refused() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2)).eval()
+    with pytest.raises(ValueError, match="BloomForCausalLM does not use the attention interface.*from_dense"):
+        capture(model, ids())
+    assert model.config._attn_implementation != "flowgraph"
+
+
+def test_compiled_models_are_read_uncompiled() -> None:
+    model, input_ids = tiny("llama"), ids()
+    compiled = torch.compile(model)
+    ours, plain = capture(compiled, input_ids), capture(model, input_ids)  # type: ignore[arg-type]
+    assert torch.equal(dense_rows(ours, 0, torch.arange(T)), dense_rows(plain, 0, torch.arange(T)))
+
+
+def test_the_same_inputs_give_the_same_bits() -> None:
+    model, input_ids = tiny("gemma3"), ids()
+    first, second = (dense_rows(capture(model, input_ids), 2, torch.arange(T), None) for _ in range(2))
+    assert torch.equal(first, second)
