@@ -7,7 +7,6 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
-CODE := flowgraph rl adapters tests benchmarks
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,22 +35,22 @@ test-gpu: setup  ## the tests that need a CUDA device
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
 
 lint: setup  ## ruff: rules and layout of the code
-	@$(BIN)/ruff check --quiet $(CODE)
-	@$(BIN)/ruff format --check --quiet $(CODE) || { echo "Not formatted: run 'make format'"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "Not formatted: run 'make format'"; exit 1; }
 
 types: setup  ## mypy
 	@$(BIN)/mypy --no-error-summary
 
 format: setup  ## let ruff lay out and mend the code
-	@$(BIN)/ruff check --fix --quiet $(CODE)
-	@$(BIN)/ruff format $(CODE)
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
 
 bench: setup  ## run the benchmarks
-	@$(BIN)/python benchmarks/run.py
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.run
 
 wheel: setup  ## build the wheel and the source archive into dist/
 	@$(BIN)/python -m build --outdir dist .
 
 clean:  ## remove what was built; keeps .venv and the cached model
 	@rm -rf build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov
-	@find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -57,7 +57,7 @@ class _Mask:
 
     @property
     def is_causal(self) -> bool:
-        return self.function is causal_mask_function
+        return self.function is causal_mask_function  # type: ignore[comparison-overlap]
 
     def tile(self, batch_size: int, start: int, stop: int, device: torch.device) -> Tensor:
         """[B, 1, stop - start, stop] bool, True where the query sees the key. Keys beyond `stop` are in the future."""
@@ -323,7 +323,7 @@ def _our_implementation(model: nn.Module, recorder: _Recorder) -> Iterator[None]
     The private attribute is set directly: `set_attn_implementation` asks whether a model class supports an
     implementation, and ours is supported wherever the interface is.
     """
-    configs = {
+    configs: dict[int, Any] = {
         id(config): config
         for module in model.modules()
         if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
@@ -346,7 +346,7 @@ def _active() -> _Recorder:
 
 
 def _mask(config: Any, **arguments: Any) -> _Mask:
-    """Registered mask function: keeps the description; makes a mask only for kernels that want one of their own kind."""
+    """Registered mask function: keeps the description; makes a mask only for kernels that want their own kind."""
     recorder = _active()
     recorder.masks += 1
     if recorder.documents is not None:

@@ -24,8 +24,8 @@ class Flow:
     """The flow through one graph or a batch, in the dtype and on the device of its weights.
 
     Attributes:
-        reach: [N] influence of each token that reaches the answer; exactly 0 where no path leads there. At most the number
-            of sinks where rows sum to at most 1. Where it is too small for the dtype it is 0 and `log_reach` is not.
+        reach: [N] influence of each token that reaches the answer; exactly 0 where no path leads there. At most the
+            number of sinks where rows sum to at most 1. Too small for the dtype it is 0, and `log_reach` is not.
         log_reach: [N] its natural logarithm, -inf where no path leads to the answer.
         flow: [N] the flow that passes through each token; the total injected into a graph is 1.
         throughput: [N] inflow + outflow = 2 * flow (injection counts as inflow, absorption as outflow).

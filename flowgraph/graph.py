@@ -105,7 +105,10 @@ class TokenGraph(Data):
                 f"edge_index must be [2, E] int64, got {list(edge_index.shape)} {edge_index.dtype}; "
                 "row 0 holds the earlier tokens, row 1 the later ones"
             )
-        if edge_weight.shape != edge_index.shape[1:] or edge_weight.dtype not in (torch.float32, torch.float64):
+        if edge_weight.shape != edge_index.shape[1:] or edge_weight.dtype not in (
+            torch.float32,
+            torch.float64,
+        ):
             raise ValueError(
                 f"edge_weight must be [E] = [{edge_index.shape[1]}] float32 or float64, "
                 f"got {list(edge_weight.shape)} {edge_weight.dtype}"
@@ -260,7 +263,8 @@ def _check_laws(graph: TokenGraph) -> None:
     sizes = ptr[1:] - ptr[:-1]
     if (bad := sizes < 2).any():
         raise ValueError(
-            f"graph {first(bad)} has {int(sizes[first(bad)])} token(s); a trace needs at least a prompt and a response token"
+            f"graph {first(bad)} has {int(sizes[first(bad)])} token(s); a trace needs at least a prompt and a response "
+            "token"
         )
     if (bad := (graph.edge_index < 0) | (graph.edge_index >= num_tokens)).any():
         raise ValueError(f"edge number {first(bad.any(0))} names a token outside 0..{num_tokens - 1}")
@@ -283,7 +287,9 @@ def _check_laws(graph: TokenGraph) -> None:
     for name in ("self_weight", "dropped"):
         if (bad := ~torch.isfinite(graph[name])).any():
             token = first(bad)
-            raise ValueError(f"graph {int(batch[token])}: {name} of token {token - int(ptr[batch[token]])} is not finite")
+            raise ValueError(
+                f"graph {int(batch[token])}: {name} of token {token - int(ptr[batch[token]])} is not finite"
+            )
     for law, bad in (
         ("is in the prompt and in the response", graph.prompt_mask & graph.response_mask),
         ("is in question_mask but not in the prompt", graph.question_mask & ~graph.prompt_mask),
@@ -294,7 +300,9 @@ def _check_laws(graph: TokenGraph) -> None:
             where = int(batch[token])
             raise ValueError(f"graph {where}: token {token - int(ptr[where])} {law}")
     for name in ("question_mask", "response_mask"):
-        count = torch.zeros(len(sizes), dtype=torch.int64, device=batch.device).scatter_add_(0, batch, graph[name].long())
+        count = torch.zeros(len(sizes), dtype=torch.int64, device=batch.device).scatter_add_(
+            0, batch, graph[name].long()
+        )
         if (bad := count == 0).any():
             what = "source: prompt_mask or question_mask is empty" if name == "question_mask" else "response token"
             raise ValueError(f"graph {first(bad)} has no {what}; flow needs both ends of a trace")

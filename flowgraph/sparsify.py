@@ -114,13 +114,17 @@ def sparsify(rows: Rows, rule: EdgeRule | None = None) -> Edges:
         ValueError: a weight is NaN, infinite or negative; names the row and column.
     """
     rule = default_rule(rows.num_tokens) if rule is None else rule
-    sources, targets, weights, selves, losses = [], [], [], [], []
+    sources: list[Tensor] = []
+    targets: list[Tensor] = []
+    weights: list[Tensor] = []
+    selves: list[Tensor] = []
+    losses: list[Tensor] = []
     for start, block in rows.blocks():
-        good = (block >= 0) & (block < torch.inf)  # False for NaN
-        if not good.all():
-            row, column = (int(x) for x in (~good).nonzero()[0])
+        least, most = block.aminmax()
+        if not (least >= 0 and most < torch.inf):  # NaN is neither
+            at, column = (int(x) for x in (~((block >= 0) & (block < torch.inf))).nonzero()[0])
             raise ValueError(
-                f"W[{start + row}, {column}] = {float(block[row, column])}; attention weights must be finite and not "
+                f"W[{start + at}, {column}] = {float(block[at, column])}; attention weights must be finite and not "
                 "negative (NaN from a model: check its inputs, or load it in float32 or bfloat16)"
             )
         selves.append(block.diagonal(start).clone())

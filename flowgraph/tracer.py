@@ -7,8 +7,8 @@ Shapes: B rows of the caller's batch, T their length with pads, N tokens of one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,7 +22,6 @@ from flowgraph.capture import Layers, capture, documents_of, is_packed
 from flowgraph.credit import Credit, credit
 from flowgraph.flow import Flow, trace_flow
 from flowgraph.graph import TokenGraph
-from flowgraph.sparsify import EdgeRule, sparsify
 from flowgraph.spans import (
     Encoded,
     Finder,
@@ -33,6 +32,7 @@ from flowgraph.spans import (
     question_of_messages,
     token_offsets,
 )
+from flowgraph.sparsify import EdgeRule, sparsify
 
 Messages = list[dict[str, Any]]
 
@@ -221,7 +221,9 @@ class Traces(Sequence[Trace]):
         weights: [B, T] credits in the caller's own layout; 1 at pads and prompts.
     """
 
-    def __init__(self, traces: list[Trace], batch: TokenGraph, flow: Flow, credit: Credit, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, traces: list[Trace], batch: TokenGraph, flow: Flow, credit: Credit, shape: tuple[int, int]
+    ) -> None:
         self._traces, self.batch, self.flow, self.credit = traces, batch, flow, credit
         self.weights = credit.to_layout([t.row for t in traces], [t.positions for t in traces], shape)
 
@@ -246,7 +248,7 @@ class Tracer:
     """Traces responses with one model.
 
     Args:
-        model: any causal language model of transformers that uses the attention interface; it is left exactly as it was.
+        model: any causal language model of transformers that uses the attention interface; it is left as it was.
         tokenizer: its tokenizer; needed for text, chat messages and finding answers, not for `from_ids` with masks.
         options: the fields of `Options`, by name.
 
@@ -329,7 +331,7 @@ class Tracer:
         """
         shape = _check_batch(input_ids, attention_mask, prompt_mask, position_ids, truncated)
         real = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
-        masks = {
+        given = {
             "prompt_mask": prompt_mask,
             "response_mask": response_mask,
             "question_mask": question_mask,
@@ -337,8 +339,11 @@ class Tracer:
             "sink_mask": sink_mask,
             "tool_mask": tool_mask,
         }
-        masks = {name: _check_mask(name, mask, shape) for name, mask in masks.items() if mask is not None}
-        options, spans, rows, places = self.options, [], [], []
+        masks = {name: _check_mask(name, mask, shape) for name, mask in given.items() if mask is not None}
+        options = self.options
+        spans: list[Spans] = []
+        rows: list[int] = []
+        places: list[Tensor] = []
         for row, positions in _documents(real, position_ids, attention_mask):
             try:
                 self._check_window(len(positions))
@@ -375,7 +380,16 @@ class Tracer:
         how = {name: getattr(options, name) for name in ("rule", "top", "gain", "temperature")}
         credits = credit(flow, options.score, **how)
         traces = [
-            Trace(graph, flow[n], credits[n], spans[n], self._pieces(graph.token_ids), rows[n], places[n], options)
+            Trace(
+                graph,
+                flow[n],
+                credits[n],
+                spans[n],
+                self._pieces(graph.token_ids),
+                rows[n],
+                places[n],
+                options,
+            )
             for n, graph in enumerate(graphs)
         ]
         return Traces(traces, batch, flow, credits, shape)
@@ -407,9 +421,10 @@ class Tracer:
 _ROLES = ("prompt_mask", "question_mask", "answer_mask", "response_mask", "credit_mask")
 
 
-def options_dict(options: Options) -> Mapping[str, Any]:
+def options_dict(options: Options) -> dict[str, Any]:
     """Options as text and numbers, for files."""
-    return {name: value if isinstance(value, int | float | str | None) else str(value) for name, value in asdict(options).items()}
+    values = {name.name: getattr(options, name.name) for name in fields(options)}
+    return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in values.items()}
 
 
 def _check_batch(
@@ -419,9 +434,18 @@ def _check_batch(
     position_ids: Tensor | None,
     truncated: Sequence[bool] | None,
 ) -> tuple[int, int]:
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point() or not input_ids.numel():
-        came = f"{list(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise ValueError(f"input_ids must be a tensor of whole numbers [B, T], got {came}; one trace is input_ids[None]")
+    if (
+        not isinstance(input_ids, Tensor)
+        or input_ids.ndim != 2
+        or input_ids.is_floating_point()
+        or not input_ids.numel()
+    ):
+        came = (
+            f"{list(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        )
+        raise ValueError(
+            f"input_ids must be a tensor of whole numbers [B, T], got {came}; one trace is input_ids[None]"
+        )
     shape = (input_ids.shape[0], input_ids.shape[1])
     for name, given in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if given is not None and given.shape != shape:

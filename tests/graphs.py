@@ -29,7 +29,11 @@ def random_graph(
 ) -> TokenGraph:
     """Attention-like: the first third is the prompt, the answer stands just before the end."""
     prompt = torch.arange(num_tokens) < max(1, num_tokens // 3)
-    answer = mask_of(num_tokens, *range(max(1, num_tokens - 3), num_tokens - 1)) if num_tokens > 3 else mask_of(num_tokens, -1)
+    answer = (
+        mask_of(num_tokens, *range(max(1, num_tokens - 3), num_tokens - 1))
+        if num_tokens > 3
+        else mask_of(num_tokens, -1)
+    )
     W = attention(num_tokens, seed, dtype=dtype)
     return TokenGraph.from_dense(W, prompt_mask=prompt, answer_mask=answer, threshold=threshold)
 
@@ -72,6 +76,4 @@ def graphs(draw: st.DrawFn, max_tokens: int = 24, dtype: torch.dtype = torch.flo
     answer = mask_of(N, *draw(st.sets(st.integers(0, N - 1), min_size=0, max_size=4)))
     question = prompt & (torch.rand(N, generator=random) < 0.7)
     question[draw(st.integers(0, prompt_length - 1))] = True
-    return TokenGraph.from_dense(
-        W.to(dtype), prompt_mask=prompt, answer_mask=answer, question_mask=question
-    )
+    return TokenGraph.from_dense(W.to(dtype), prompt_mask=prompt, answer_mask=answer, question_mask=question)

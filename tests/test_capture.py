@@ -118,7 +118,9 @@ def test_the_pass_itself_is_the_models_own(
     deepest = softmax_layers_of(model, input_ids)[-1]
     seen: list[Tensor] = []
     attention = model.model.layers[deepest].self_attn
-    hook = attention.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)
+    hook = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
     position_ids = {} if mask is None else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "attention_mask": mask}
     with torch.no_grad():
         model(input_ids, **position_ids, use_cache=False)
@@ -185,7 +187,9 @@ def test_the_model_is_left_as_it_was(name: str, training: bool) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_exception_in_the_deepest_layers_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_the_deepest_layers_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, input_ids = tiny("llama"), ids()
     before = state_of(model)
 
@@ -263,7 +267,7 @@ def test_models_without_the_interface_are_refused() -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2)).eval()
-    with pytest.raises(ValueError, match="BloomForCausalLM does not use the attention interface.*from_dense"):
+    with pytest.raises(ValueError, match=r"BloomForCausalLM does not use the attention interface.*from_dense"):
         capture(model, ids())
     assert model.config._attn_implementation != "flowgraph"
 

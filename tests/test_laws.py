@@ -44,7 +44,9 @@ def check_conservation(flow: Flow, rtol: float) -> None:
 def reaches(graph: TokenGraph) -> Tensor:
     """[N] bool, by walking the edges: is there a path of positive weights to a sink?"""
     found = graph.answer_mask.clone()
-    for source, target, weight in reversed(list(zip(*graph.edge_index.tolist(), graph.edge_weight.tolist(), strict=True))):
+    for source, target, weight in reversed(
+        list(zip(*graph.edge_index.tolist(), graph.edge_weight.tolist(), strict=True))
+    ):
         # Edges are sorted by target, so a target is settled before the edges into it are read.
         if weight > 0 and found[target]:
             found[source] = True
@@ -109,7 +111,7 @@ def test_scaling_every_edge_into_the_answer_changes_no_flow(solver: str, factor:
 @solvers
 @given(graph=graphs(), seed=st.integers(0, 1000))
 def test_dead_branches_change_no_flow(solver: str, graph: TokenGraph, seed: int) -> None:
-    """Five tokens are added at the end; they attend to everything, but nothing that reaches the answer attends to them."""
+    """Five tokens at the end attend to everything, and nothing that reaches the answer attends to them."""
     N, extra = int(graph.num_nodes), 5
     W = torch.zeros(N + extra, N + extra, dtype=torch.float64)
     W[graph.edge_index[1], graph.edge_index[0]] = graph.edge_weight
@@ -172,9 +174,7 @@ def test_a_batch_equals_its_graphs_one_by_one(solver: str, several: list[TokenGr
 
 @fast_solvers
 @given(several=st.lists(graphs(max_tokens=12), min_size=2, max_size=4), order=st.randoms())
-def test_the_order_of_graphs_in_a_batch_does_not_matter(
-    solver: str, several: list[TokenGraph], order: object
-) -> None:
+def test_the_order_of_graphs_in_a_batch_does_not_matter(solver: str, several: list[TokenGraph], order: object) -> None:
     numbers = list(range(len(several)))
     order.shuffle(numbers)  # type: ignore[attr-defined]
     straight = credit(trace_flow(Batch.from_data_list(several), solver))
@@ -190,7 +190,11 @@ def test_a_chain_of_2000_weak_edges_delivers_everything(solver: str, dtype: torc
     flow = trace_flow(chain(2000, 0.1, dtype), solver)
     assert float(flow.absorbed) == 1.0
     assert (flow.flow == 1).all()
-    close(flow.log_reach[0], torch.tensor(2000.0).double() * torch.tensor(0.1, dtype=dtype).double().log(), rtol=1e-5)
+    close(
+        flow.log_reach[0],
+        torch.tensor(2000.0).double() * torch.tensor(0.1, dtype=dtype).double().log(),
+        rtol=1e-5,
+    )
 
 
 @solvers
@@ -233,7 +237,7 @@ def test_sinks_anywhere(solver: str, sinks: tuple[int, ...]) -> None:
     leaving = graph.answer_mask[graph.edge_index[0]]
     assert (flow.edge_flow[leaving] == 0).all()
     if max(sinks) < 13:
-        source_and_sink = list(sinks)[0]
+        source_and_sink = sinks[0]
         assert flow.injection[source_and_sink] > 0 and flow.flow[source_and_sink] >= flow.injection[source_and_sink]
 
 
@@ -311,7 +315,5 @@ def test_solvers_are_used_or_refused() -> None:
     assert trace_flow(graph).solver == "scipy"
     for solver in SOLVERS:
         assert trace_flow(graph, solver).solver == solver
-    with pytest.raises(ValueError, match='solver must be "auto", .*scatter.*got \'cuda\''):
+    with pytest.raises(ValueError, match=r"solver must be \"auto\", .*scatter.*got 'cuda'"):
         trace_flow(graph, "cuda")
-
-

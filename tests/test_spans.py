@@ -30,7 +30,8 @@ from flowgraph.spans import (
 
 SMOLLM2 = Path.home() / ".cache/flowgraph/SmolLM2-135M-Instruct"
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CORPUS = [
@@ -500,6 +501,16 @@ def test_offsets_take_linear_work(build: Any, kind: str) -> None:
     text, offsets = token_offsets(counting, ids)
     check_laws(text, offsets, len(ids))
     assert counting.work <= 40 * len(ids)
+
+
+@pytest.mark.parametrize("broken", ["\ufffd😀", "\ufffd\ufffd😀", "😀\ufffd\ufffd😀"])
+def test_offsets_recover_after_a_replacement_character(broken: str) -> None:
+    """One in the text itself looks like broken bytes; what follows still gets its own characters."""
+    tokenizer = metaspace()
+    ids = tokenizer(broken + " the 12" * 10, add_special_tokens=False)["input_ids"]
+    text, offsets = token_offsets(tokenizer, ids)
+    assert [text[start:stop] for start, stop in offsets[-15:]] == [" the", " ", "12"] * 5
+    check_laws(text, offsets, len(ids))
 
 
 def test_no_tokens() -> None:

@@ -1,0 +1,1 @@
+"""Measurements of FlowGraph; nothing here is imported by the library."""

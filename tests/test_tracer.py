@@ -1,0 +1,303 @@
+"""The whole way: from ids, text and chat messages to credits, on tiny models and on the real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowgraph import Threshold, TokenGraph, TopK, Tracer, credit, trace_flow
+from tests.graphs import mask_of
+from tests.models import VOCABULARY, eager_attention, tiny
+
+T = 30
+
+
+def ids(rows: int = 3) -> Tensor:
+    return torch.randint(3, VOCABULARY, (rows, T), generator=torch.Generator().manual_seed(2))
+
+
+def prompts(rows: int = 3, length: int = 10) -> Tensor:
+    return (torch.arange(T) < length).expand(rows, T).clone()
+
+
+def answers(rows: int = 3, start: int = 26, stop: int = 28) -> Tensor:
+    place = torch.arange(T)
+    return ((place >= start) & (place < stop)).expand(rows, T).clone()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny("llama")
+
+
+def by_hand(model: Any, input_ids: Tensor, layers: list[int], preset: str = "flowgraph") -> Tensor:
+    """[T] throughput from dense eager attention in float64, with the definitions of docs/method.md and no FlowGraph."""
+    W = eager_attention(model, layers, input_ids=input_ids[None])[0].tril(-1)
+    sinks = range(25, 27) if preset == "flowgraph" else range(26, 28)
+    h = torch.zeros(T, dtype=torch.float64)
+    for i in reversed(range(T)):
+        h[i] = 1.0 if i in sinks else sum(float(W[k, i] * h[k]) for k in range(i + 1, T))
+    f = torch.zeros(T, dtype=torch.float64)
+    f[:10] = 1 / 10
+    for k in range(T):
+        f[k] += sum(float(f[i] * W[k, i] * h[k] / h[i]) for i in range(k) if i not in sinks and h[i] > 0)
+    return 2 * f
+
+
+@pytest.mark.parametrize("preset", ["flowgraph", "paper"])
+def test_throughput_is_the_definition(model: Any, preset: str) -> None:
+    traces = Tracer(model, preset=preset).from_ids(ids(), prompt_mask=prompts(), answer_tokens=answers())
+    for row, trace in enumerate(traces):
+        expected = by_hand(model, ids()[row], [2, 3], preset)
+        torch.testing.assert_close(trace.throughput.double(), expected, rtol=1e-4, atol=1e-9)
+        assert trace.graph.layers == [2, 3]
+        top = expected[10:26].argsort(descending=True)[:8] + 10  # ceil(0.4 * 18) = 8 of the 18 outside the answer
+        after = expected[28:]
+        assert (after == 0).all()
+        assert sorted((trace.weights > 1).nonzero().flatten().tolist()) == sorted(top.tolist())
+
+
+def test_a_batch_equals_its_rows_in_any_layout(model: Any) -> None:
+    """Left pads, right pads, packed: each trace gets the credits that it gets alone."""
+    tracer, lengths = Tracer(model), (30, 24, 27)
+    alone = [
+        tracer.from_ids(
+            ids()[n : n + 1, :length],
+            prompt_mask=prompts(1)[:, :length],
+            answer_tokens=answers(1, 20, 22)[:, :length],
+        )[0]
+        for n, length in enumerate(lengths)
+    ]
+
+    def lay_out(values: Tensor, fill: int, side: str) -> Tensor:
+        out = torch.full((3, T), fill, dtype=values.dtype)
+        for n, length in enumerate(lengths):
+            out[n, slice(T - length, T) if side == "left" else slice(0, length)] = values[n, :length]
+        return out
+
+    for side in ("left", "right"):
+        real = lay_out(torch.ones(3, T, dtype=torch.long), 0, side)
+        traces = tracer.from_ids(
+            lay_out(ids(), 0, side),
+            real,
+            lay_out(prompts(), 0, side),
+            answer_tokens=lay_out(answers(start=20, stop=22), 0, side),
+        )
+        assert traces.weights.shape == (3, T)
+        for trace, one in zip(traces, alone, strict=True):
+            torch.testing.assert_close(trace.throughput, one.throughput, rtol=1e-4, atol=1e-7)
+            assert torch.equal(trace.weights, one.weights)
+            assert torch.equal(traces.weights[trace.row, trace.positions], one.weights)
+        assert (traces.weights[real == 0] == 1).all()
+
+    packed = torch.cat([ids()[n, :length] for n, length in enumerate(lengths)])[None]
+    traces = tracer.from_ids(
+        packed,
+        prompt_mask=torch.cat([prompts()[n, :length] for n, length in enumerate(lengths)])[None],
+        answer_tokens=torch.cat([answers(3, 20, 22)[n, :length] for n, length in enumerate(lengths)])[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+    )
+    assert [len(trace) for trace in traces] == list(lengths) and traces.weights.shape == (1, sum(lengths))
+    assert torch.equal(traces.weights[0], torch.cat([one.weights for one in alone]))
+
+
+def test_options_reach_where_they_belong(model: Any) -> None:
+    def weights(**options: Any) -> Tensor:
+        tracer = Tracer(model, **options)
+        return tracer.from_ids(ids(), prompt_mask=prompts(), answer_tokens=answers()).weights
+
+    plain = weights()
+    assert float(weights(gain=3.0).max()) == 3.0 and int(weights(top=1.0).gt(1).sum()) == 3 * 18
+    for options in (
+        {"layers": "all"},
+        {"preset": "paper"},
+        {"edges": TopK(2)},
+        {"score": "reach"},
+        {"rule": "rank"},
+    ):
+        assert not torch.equal(weights(**options), plain), options
+    for solver in ("scatter", "reference"):
+        assert torch.equal(weights(solver=solver), plain)
+    absorbing = Tracer(model, absorb_at_prompt=True).from_ids(ids(1), prompt_mask=prompts(1), answer_tokens=answers(1))[
+        0
+    ]
+    inside = absorbing.graph.prompt_mask[absorbing.graph.edge_index[1]]
+    assert (absorbing.flow.edge_flow[inside] == 0).all()
+
+
+def test_question_sinks_and_tools(model: Any) -> None:
+    question, tools, sinks = (
+        prompts() & (torch.arange(T) >= 5),
+        answers(start=15, stop=19),
+        answers(start=22, stop=23),
+    )
+    trace = Tracer(model, top=1.0).from_ids(
+        ids(), prompt_mask=prompts(), question_mask=question, tool_mask=tools, sink_mask=sinks
+    )[1]
+    assert (trace.flow.injection > 0).nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
+    assert trace.graph.answer_mask.nonzero().flatten().tolist() == [22]
+    assert trace.flow.flow[15:19].min() > 0 and (trace.weights[15:19] == 1).all() and trace.weights[14] > 1
+
+
+def test_a_saved_trace_gives_the_same_flow(model: Any, tmp_path: Path) -> None:
+    trace = Tracer(model).from_ids(ids(1), prompt_mask=prompts(1), answer_tokens=answers(1))[0]
+    trace.graph.save(tmp_path / "trace.safetensors")
+    again = trace_flow(TokenGraph.load(tmp_path / "trace.safetensors"))
+    assert torch.equal(again.throughput, trace.throughput)
+    assert torch.equal(credit(again).weights, trace.weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_mask": None}, r"prompt_mask is missing: \[B, T\] bool"),
+        ({"prompt_mask": prompts()[:, :-1]}, r"prompt_mask must be a bool tensor \[B, T\] = \[3, 30\]"),
+        ({"prompt_mask": prompts().long()}, r"prompt_mask must be a bool tensor .* torch.int64"),
+        ({"prompt_mask": prompts() & mask_of(3, 0, 2)[:, None]}, r"row 1: .*prompt"),
+        ({"prompt_mask": torch.ones(3, T, dtype=torch.bool)}, r"row 0: .*response"),
+        ({"input_ids": ids()[0]}, r"input_ids must be a tensor of whole numbers \[B, T\], got \[30\]"),
+        ({"input_ids": ids().float()}, r"input_ids must be .* torch.float32"),
+        ({"input_ids": ids().tolist()}, r"input_ids must be .* got list"),
+        (
+            {"attention_mask": torch.ones(3, 4)},
+            r"attention_mask must be \[B, T\] = \[3, 30\] like input_ids, got \[3, 4\]",
+        ),
+        (
+            {"attention_mask": torch.ones(3, T).long() * mask_of(3, 0, 1)[:, None]},
+            r"row 2 of attention_mask is all zeros",
+        ),
+        ({"answer_tokens": answers(start=8, stop=12)}, r"row 0: .*answer.*prompt"),
+        ({"answer_tokens": answers().float()}, r"answer_tokens must be a bool tensor"),
+        ({"answer_tokens": None}, r"row 0: .*tokenizer"),
+        ({"truncated": [True]}, r"truncated must have one entry per row, 3, got 1"),
+        ({"question_mask": prompts(length=12)}, r"row 0: .*question_mask"),
+        ({"position_ids": torch.arange(4)[None]}, r"position_ids must be \[B, T\]"),
+    ],
+)
+def test_wrong_inputs_get_their_own_errors(model: Any, changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "input_ids": ids(),
+        "prompt_mask": prompts(),
+        "answer_tokens": answers(),
+    } | changes
+    with pytest.raises(ValueError, match=message):
+        Tracer(model).from_ids(**arguments)
+
+
+def test_a_trace_beyond_the_window_is_refused_until_the_user_insists() -> None:
+    model = tiny("llama", max_position_embeddings=20)
+    arguments: dict[str, Any] = {"input_ids": ids(), "prompt_mask": prompts(), "answer_tokens": answers()}
+    with pytest.raises(ValueError, match=r"row 0: input_ids has 30 tokens, more than the 20 .* max_tokens=30"):
+        Tracer(model).from_ids(**arguments)
+    assert len(Tracer(model, max_tokens=30).from_ids(**arguments)) == 3
+
+
+def test_nan_in_the_model_is_named() -> None:
+    model = tiny("llama")
+    model.model.layers[2].self_attn.q_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"W\[0, 0\] = nan; .* check its inputs"):
+        Tracer(model).from_ids(ids(), prompt_mask=prompts(), answer_tokens=answers())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"question": "system"}, 'question must be "prompt" or "user", got \'system\''),
+        ({"edges": 0.01}, "edges must be Threshold, TopK, Mass"),
+    ],
+)
+def test_bad_options_are_refused_at_once(model: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Tracer(model, **options)
+
+
+def test_text_needs_a_tokenizer(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"text needs a tokenizer: Tracer\(model, tokenizer\)"):
+        Tracer(model)("question", "answer")
+
+
+# --- the real model --------------------------------------------------------------------------------------------------
+
+QUESTION = "A crate holds 12 bottles. How many bottles are in 4 crates?"
+RESPONSE = "There are 12 bottles in a crate.\n12 * 4 = 48, so 4 crates hold 48 bottles.\nThe answer is \\boxed{48}."
+
+
+@pytest.mark.real
+def test_text_and_messages(smollm2: tuple[Any, Any]) -> None:
+    model, tokenizer = smollm2
+    tracer = Tracer(model, tokenizer)
+    for prompt in (QUESTION + "\n", [{"role": "user", "content": QUESTION}]):
+        trace = tracer(prompt, RESPONSE)
+        assert trace.answer == "48" and trace.spans.finder == "boxed" and trace.flags == ()
+        assert trace.text is not None and "".join(trace.text) == tokenizer.decode(trace.graph.token_ids)
+        sinks = trace.graph.answer_mask.nonzero().flatten()
+        assert "".join(trace.text[i] for i in (sinks + 1).tolist()) == "48"  # the sinks predict the answer
+        assert float(trace.flow.absorbed) == pytest.approx(1)
+        assert (trace.weights[~trace.graph.credit_mask] == 1).all()
+        assert int((trace.weights > 1).sum()) == -(-4 * int(trace.graph.credit_mask.sum()) // 10)
+        assert len(trace.response_weights) == trace.summary()["response_tokens"]
+        assert "answer '48'" in repr(trace)
+        assert [position for position, _, _ in trace.top(5)] == sorted(
+            trace.graph.credit_mask.nonzero().flatten().tolist(),
+            key=lambda i: (-float(trace.throughput[i]), i),
+        )[:5]
+        assert json.loads(json.dumps(trace.to_dict()))["answer"]["text"] == "48"
+    whole = tracer([{"role": "user", "content": QUESTION}, {"role": "assistant", "content": RESPONSE}])
+    assert torch.equal(whole.weights, trace.weights)
+
+
+@pytest.mark.real
+def test_the_question_can_be_narrowed_to_what_the_user_wrote(smollm2: tuple[Any, Any]) -> None:
+    trace = Tracer(*smollm2, question="user")([{"role": "user", "content": QUESTION}], RESPONSE)
+    assert trace.text is not None
+    sources = trace.graph.question_mask.nonzero().flatten().tolist()
+    assert "".join(trace.text[i] for i in sources) == QUESTION
+    assert bool((trace.graph.prompt_mask & ~trace.graph.question_mask).any())
+
+
+@pytest.mark.real
+def test_no_answer_and_cut_off_responses_are_flagged(smollm2: tuple[Any, Any]) -> None:
+    tracer = Tracer(*smollm2)
+    nothing = tracer(QUESTION, " Let me think about crates")
+    assert "no_answer" in nothing.flags and (nothing.weights == 1).all() and float(nothing.flow.injected) == 0
+    cut = tracer(QUESTION, " 12 * 4 = 48, so it is \\boxed{4", truncated=True)
+    assert {"no_answer", "cut_off"} <= set(cut.flags) and (cut.weights == 1).all()
+    several = tracer(QUESTION, " \\boxed{12} no, \\boxed{48}")
+    assert several.answer == "48" and several.flags == ("several_answers",)
+    tail = Tracer(*smollm2, no_answer="tail")(QUESTION, " Let me think about crates")
+    assert {"no_answer", "tail_answer"} <= set(tail.flags) and float(tail.flow.absorbed) == pytest.approx(1)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("preset", ["flowgraph", "paper"])
+def test_credits_equal_dense_eager_attention_on_real_reasoning(
+    smollm2: tuple[Any, Any], gsm8k: list[dict[str, Any]], preset: str
+) -> None:
+    """20 problems: capture + scatter + float32 against eager attention + dense float64, nothing dropped."""
+    from scipy.stats import spearmanr
+
+    model, tokenizer = smollm2
+    rows = [row for row in gsm8k if row["problem"] % 2 == 0][:100:5]
+    assert len({row["problem"] for row in rows}) == 20
+    tracer = Tracer(model, tokenizer, solver="scatter", edges=Threshold(0.0), preset=preset)
+    for row in rows:
+        trace = tracer([{"role": "user", "content": row["question"]}], row["response"])
+        assert trace.graph.edge_weight.dtype == torch.float32
+        W = eager_attention(model, list(range(10, 20)), input_ids=trace.graph.token_ids[None])[0]
+        dense = TokenGraph.from_dense(W, prompt_mask=trace.graph.prompt_mask, answer_mask=trace.graph.answer_mask)
+        exact = trace_flow(dense, "reference")
+        for ours, theirs in ((trace.throughput, exact.throughput), (trace.reach, exact.reach)):
+            mask = trace.graph.response_mask & (theirs > 0)
+            assert spearmanr(ours[mask], theirs[mask]).statistic >= 0.9999
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-9)
+        assert torch.equal(trace.weights.double(), credit_of(exact, trace.graph.credit_mask))
+
+
+def credit_of(flow: Any, credit_mask: Tensor) -> Tensor:
+    flow.graph.credit_mask = credit_mask
+    return credit(flow).weights
