@@ -168,9 +168,7 @@ def _check_messages(key: str, messages: list[Any]) -> None:
         raise ValueError(f'"{key}" is an empty list of messages')
     for place, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f'"{key}"[{place}] must be a message {{"role": .., "content": ..}}, got {_short(message)}'
-            )
+            raise ValueError(f'"{key}"[{place}] must be a message {{"role": .., "content": ..}}, got {_short(message)}')
         content = message.get("content")
         if isinstance(content, str):
             _check_encodable(f"{key}[{place}].content", content)
@@ -216,8 +214,8 @@ class ScoreFile:
             out.add({"line": 1, "id": None, ...})     # the fields of COLUMNS
             out.set_aside(2, "not JSON: ...")
 
-    Both appear under their names when the block ends well, by a rename; when it ends with an exception nothing is left of
-    either, and what was there before stays. Without lines set aside there is no file of them.
+    Both appear under their names when the block ends well, by a rename; when it ends with an exception nothing is
+    left of either, and what was there before stays. Without lines set aside there is no file of them.
 
     Args:
         metadata: of the Parquet schema; keys get the prefix "flowgraph.".

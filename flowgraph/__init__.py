@@ -1,20 +1,62 @@
 """FlowGraph: which tokens of a reasoning trace carried the question to the answer?
 
-from flowgraph import Tracer
-trace = Tracer(model, tokenizer)(prompt, response)
-trace.response_weights   # one weight per response token, for the trainer
+    from flowgraph import Tracer
+    trace = Tracer(model, tokenizer)(prompt, response)
+    trace.response_weights   # one weight per response token, for the trainer
+
+The names below are imported when they are first used: `flowgraph --help` need not wait for torch and transformers.
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from flowgraph._version import __version__
-from flowgraph.capture import Capture, capture
-from flowgraph.credit import Credit, credit, weights_from_scores
-from flowgraph.flow import Flow, trace_flow
-from flowgraph.graph import TokenGraph
-from flowgraph.layers import AnswerReachability, FlowPropagation
-from flowgraph.rows import AttentionRows, DenseRows
-from flowgraph.spans import find_answer, locate
-from flowgraph.sparsify import Edges, Mass, Threshold, TopK, sparsify
-from flowgraph.tracer import Options, Trace, Tracer, Traces
+
+if TYPE_CHECKING:
+    from flowgraph.capture import Capture, capture
+    from flowgraph.credit import Credit, credit, weights_from_scores
+    from flowgraph.flow import Flow, trace_flow
+    from flowgraph.graph import TokenGraph
+    from flowgraph.layers import AnswerReachability, FlowPropagation
+    from flowgraph.rows import AttentionRows, DenseRows
+    from flowgraph.sparsify import Edges, Mass, Threshold, TopK, sparsify
+    from flowgraph.spans import find_answer, locate
+    from flowgraph.tracer import Options, Trace, Tracer, Traces
+
+_HOME = {
+    "capture": ("Capture", "capture"),
+    "credit": ("Credit", "credit", "weights_from_scores"),
+    "flow": ("Flow", "trace_flow"),
+    "graph": ("TokenGraph",),
+    "layers": ("AnswerReachability", "FlowPropagation"),
+    "rows": ("AttentionRows", "DenseRows"),
+    "sparsify": ("Edges", "Mass", "Threshold", "TopK", "sparsify"),
+    "spans": ("find_answer", "locate"),
+    "tracer": ("Options", "Trace", "Tracer", "Traces"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+class _Package(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `flowgraph.credit` is the function: importing the module of that name must not put the module in its place.
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_MODULE_OF})
+
+
+sys.modules[__name__].__class__ = _Package
 
 __all__ = [
     "AnswerReachability",

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -173,8 +174,13 @@ def capture(
     recorder = _Recorder(frozenset(chosen), chosen[-1], documents_of(inputs["position_ids"]) if packed else None)
     _forward(model, recorder, inputs)
     kept = [recorder.kept[layer] for layer in chosen]
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return Capture(name, chosen, kept)
+    return Capture(_name_of(model), chosen, kept)
+
+
+def _name_of(model: Any) -> str:
+    """The hub name, the last part of a path (nobody needs the folders of somebody's machine), or the class."""
+    name = getattr(model.config, "_name_or_path", "")
+    return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
 
 
 def softmax_layers_of(model: nn.Module, input_ids: Tensor) -> list[int]:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -43,8 +43,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 app = typer.Typer(
     name="flowgraph",
     help="Which tokens of a reasoning trace carried the question to the answer?\n\n"
-    "Start with [bold]flowgraph doctor[/] (is all in place?) and [bold]flowgraph demo[/] (real traces of a small model, "
-    "as a page).",
+    "Start with [bold]flowgraph doctor[/] (is all in place?) and [bold]flowgraph demo[/] (real traces of a small "
+    "model, as a page).",
     epilog="Exit codes: 0 all fine, 1 it could not be done, 2 wrong usage, 3 score set some lines aside, 130 Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
@@ -104,10 +104,12 @@ def _parse_pattern(text: str) -> re.Pattern[str]:
         raise typer.BadParameter(f"{text!r} is no regular expression: {error}") from None
 
 
-def _choice(name: str, choices: Sequence[str], help: str) -> Any:
+_IN, _MODEL, _METHOD, _CREDIT, _OUT = "What to trace", "Model", "Graph and flow", "Credit", "Output"
+
+
+def _choice(name: str, choices: Sequence[str], help: str, panel: str) -> Any:
     # A parser in place of an Enum: values hold "####" and the like.
-    metavar = "|".join(choices).replace("[", "\\[")
-    return typer.Option(name, parser=_one_of(*choices), metavar=metavar, help=help)
+    return typer.Option(name, parser=_one_of(*choices), metavar="NAME", help=help, rich_help_panel=panel)
 
 
 SOLVERS = ("auto", "scatter", "scipy", "reference")
@@ -116,26 +118,49 @@ RULES = ("top", "proportional", "rank", "softmax")
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", metavar="MODEL", help="Folder or hub name of a causal model; smollm2: the demo's."),
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Folder or hub name of a causal language model, or smollm2, the small one of the demo.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Dtype = Annotated[
+    str,
+    _choice(
+        "--dtype",
+        ("auto", "float32", "bfloat16"),
+        "Of its weights: float32, bfloat16, or auto: float32 on the CPU and as stored elsewhere.",
+        _MODEL,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, mps, or auto: CUDA where there is one, else the CPU.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Give the prompt as a user message to the chat template, or as it is.",
+        show_default="chat if there is a template",
+        rich_help_panel=_MODEL,
+    ),
 ]
 Layers = Annotated[
     Any,
-    typer.Option("--layers", parser=_parse_layers, metavar="middle|all|N,N,..", help="Layers whose attention counts."),
-]
-Preset = Annotated[
-    str,
-    _choice(
-        "--preset", ("flowgraph", "paper"), "Flow ends where the answer is predicted (flowgraph) or stands (paper)."
-    ),
-]
-AnswerFinder = Annotated[str, _choice("--answer", FINDERS, "How the answer is found in the response.")]
-AnswerRegex = Annotated[
-    Any,
     typer.Option(
-        "--answer-regex",
-        parser=_parse_pattern,
-        metavar="REGEX",
-        help="Find the answer with a regular expression: its group 1, if it has one.",
+        "--layers",
+        parser=_parse_layers,
+        metavar="WHICH",
+        help="Layers whose attention counts: middle (third), all, or numbers like 10,11,12.",
+        rich_help_panel=_METHOD,
     ),
 ]
 EdgeRule = Annotated[
@@ -143,36 +168,76 @@ EdgeRule = Annotated[
     typer.Option(
         "--edges",
         parser=_parse_edges,
-        metavar="auto|all|1/1024|top:32|mass:0.9",
-        help="Which attention weights become edges; auto: all up to 2,048 tokens, then those over 1/1024.",
+        metavar="RULE",
+        help="Which attention weights become edges: all, those over a threshold like 1/1024, the top:32 or the "
+        "mass:0.9 of each token. auto is all up to 2,048 tokens, above that 1/1024.",
+        rich_help_panel=_METHOD,
     ),
 ]
-Score = Annotated[str, _choice("--score", ("throughput", "reach"), "What tokens are ranked by.")]
-Rule = Annotated[str, _choice("--rule", RULES, "How scores become weights.")]
-Top = Annotated[float, typer.Option("--top", metavar="SHARE", help="Share of the tokens that rule top picks.")]
-Gain = Annotated[float, typer.Option("--gain", metavar="WEIGHT", help="The highest weight; 1 is neutral.")]
-Solver = Annotated[str, _choice("--solver", SOLVERS, "auto: scipy on the CPU, scatter elsewhere.")]
-Dtype = Annotated[
+AnswerFinder = Annotated[
     str,
     _choice(
-        "--dtype", ("auto", "float32", "bfloat16"), "Of the model; auto: float32 on the CPU, elsewhere as it is stored."
+        "--answer",
+        FINDERS,
+        "How the answer is found: auto (the first that finds one), boxed, ####, A:, <answer>, answer is.",
+        _METHOD,
     ),
 ]
-Device = Annotated[
-    str,
-    typer.Option("--device", metavar="auto|cpu|cuda|cuda:1|mps", help="auto: CUDA where there is one, else the CPU."),
-]
-Chat = Annotated[
-    bool | None,
+AnswerRegex = Annotated[
+    Any,
     typer.Option(
-        "--chat/--no-chat",
-        help="Give the prompt as a user message to the chat template, or as it is.",
-        show_default="chat where the tokenizer has a template",
+        "--answer-regex",
+        parser=_parse_pattern,
+        metavar="REGEX",
+        help="Find it with a regular expression: its group 1, if it has one.",
+        rich_help_panel=_METHOD,
     ),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what transformers and torch have to say.")]
+Preset = Annotated[
+    str,
+    _choice(
+        "--preset",
+        ("flowgraph", "paper"),
+        "Where flow ends: at the tokens that predict the answer (flowgraph) or at its own (paper).",
+        _METHOD,
+    ),
+]
+Solver = Annotated[
+    str,
+    _choice(
+        "--solver",
+        SOLVERS,
+        "scatter, scipy, reference (dense), or auto: scipy on the CPU and scatter elsewhere.",
+        _METHOD,
+    ),
+]
+Score = Annotated[
+    str, _choice("--score", ("throughput", "reach"), "What tokens are ranked by: throughput or reach.", _CREDIT)
+]
+Rule = Annotated[str, _choice("--rule", RULES, "How scores become weights: top, proportional, rank, softmax.", _CREDIT)]
+Top = Annotated[
+    float,
+    typer.Option(
+        "--top", metavar="SHARE", help="Share of the tokens that the rule top picks.", rich_help_panel=_CREDIT
+    ),
+]
+Gain = Annotated[
+    float,
+    typer.Option("--gain", metavar="WEIGHT", help="The highest weight; 1 is neutral.", rich_help_panel=_CREDIT),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Show what transformers and torch have to say.", rich_help_panel=_OUT),
+]
 Traceback = Annotated[
-    bool, typer.Option("--traceback", envvar="FLOWGRAPH_TRACEBACK", help="Show where in the code an error came up.")
+    bool,
+    typer.Option(
+        "--traceback",
+        envvar="FLOWGRAPH_TRACEBACK",
+        show_envvar=False,
+        help="Show where in the code an error came up (or set FLOWGRAPH_TRACEBACK=1).",
+        rich_help_panel=_OUT,
+    ),
 ]
 
 
@@ -375,12 +440,14 @@ def _pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
 FLAGS = {
     "no_answer": "no answer was found, so every weight is 1; see --answer and --answer-regex",
     "tail_answer": "no answer was found: the last tokens of the response stand for it",
-    "cut_off": "the response seems to be cut off: an answer begins and never ends",
+    "cut_off": "the response seems to be cut off before its end",
     "several_answers": "several answers were found; the last one counts",
     "no_flow": "no flow passes a token that could get credit, so every weight is 1",
 }
 
-_SHADES = ("#ffffff on #3b0f70", "#ffffff on #8c2981", "#ffffff on #d1426f", "#000000 on #fe9f6d", "#000000 on #fcf9b0")
+# From cold to hot, each readable on dark and on light terminals.
+_SHADES = ("#ffffff on #3b6fb5", "#000000 on #6bb3ad", "#000000 on #e3cf57", "#000000 on #f0923b", "#ffffff on #c92a1e")
+_SHADES_OF_16 = ("white on blue", "black on cyan", "black on green", "black on yellow", "white on red")
 _ANSWER = "bold underline green"
 _SHOWN_PROMPT = 300  # tokens
 
@@ -388,25 +455,27 @@ _SHOWN_PROMPT = 300  # tokens
 def _show(trace: Trace, seconds: float | None = None) -> None:
     """Heat map (where there are colours), facts, flags and top tokens, to stdout."""
     out = _out()
-    if out.color_system is not None and not out.no_color:
-        out.print(_heat_map(trace))
-        out.print(_legend(trace.options.score))
+    coloured = out.color_system is not None and not out.no_color
+    if coloured:
+        shades = _SHADES_OF_16 if out.color_system in ("standard", "windows") else _SHADES
+        out.print(_heat_map(trace, shades))
+        out.print(_legend(trace.options.score, shades))
         out.print()
-    out.print(_facts(trace, seconds))
+    out.print(_facts(trace, seconds), soft_wrap=True)
     for flag in trace.flags:
-        out.print(Text(f"{flag}: ", style="bold yellow") + Text(FLAGS[flag]))
-    if len(tokens := _top_tokens(trace).rows):
+        out.print(Text(f"{flag}: ", style="bold yellow") + Text(FLAGS[flag]), soft_wrap=True)
+    table = _top_tokens(trace, coloured)
+    if table.row_count:
         out.print()
-        out.print(_top_tokens(trace))
-    assert tokens is not None
+        out.print(table)
 
 
-def _heat_map(trace: Trace) -> Text:
+def _heat_map(trace: Trace, shades: Sequence[str]) -> Text:
     graph, credit = trace.graph, trace.credit
     pieces = trace.text or []
     passed = (credit.mask & (credit.scores > 0)).nonzero().flatten()
     order = credit.scores[passed].argsort(stable=True)
-    level = {int(passed[k]): rank * len(_SHADES) // len(order) for rank, k in enumerate(order.tolist())}
+    level = {int(passed[k]): rank * len(shades) // len(order) for rank, k in enumerate(order.tolist())}
     answer = trace.spans.answer_tokens
     prompt = graph.prompt_mask.nonzero().flatten().tolist()
     hidden = (
@@ -421,7 +490,7 @@ def _heat_map(trace: Trace) -> Text:
         piece = _clean(piece)
         if k in level:
             # A line break carries flow like any token: give its shade something to be seen on.
-            text.append(piece.replace("\n", "↵\n"), style=_SHADES[level[k]])
+            text.append(piece.replace("\n", "↵\n"), style=shades[level[k]])
         else:
             style = _ANSWER if answer[k] else "" if graph.response_mask[k] else "dim"
             text.append(piece, style=style)
@@ -429,9 +498,9 @@ def _heat_map(trace: Trace) -> Text:
     return text
 
 
-def _legend(score: str) -> Text:
+def _legend(score: str, shades: Sequence[str]) -> Text:
     text = Text(f"{score} in this response: low ")
-    for shade in _SHADES:
+    for shade in shades:
         text.append("  ", style=shade)
     text.append(" high   ")
     text.append("answer", style=_ANSWER)
@@ -460,8 +529,10 @@ def _facts(trace: Trace, seconds: float | None) -> Text:
     return Text(_clean(" | ".join(parts)), style="bold")
 
 
-def _top_tokens(trace: Trace, count: int = 10) -> Table:
-    table = Table(title=f"Top tokens by {trace.options.score}", title_justify="left", box=None, pad_edge=False)
+def _top_tokens(trace: Trace, coloured: bool, count: int = 10) -> Table:
+    table = Table(
+        title=f"Top tokens by {trace.options.score}", title_style="bold", title_justify="left", box=None, pad_edge=False
+    )
     table.add_column("token", no_wrap=True)
     table.add_column("at", justify="right")
     table.add_column(trace.options.score, justify="right")
@@ -473,8 +544,9 @@ def _top_tokens(trace: Trace, count: int = 10) -> Table:
             break
         before = _visible("".join(pieces[max(0, place - 8) : place]))[-24:]
         after = _visible("".join(pieces[place + 1 : place + 9]))[:24]
-        context = Text(before, style="dim")
-        context.append(_visible(piece), style="bold reverse")
+        context = Text()
+        context.append(before, style="dim")
+        context.append(_visible(piece) if coloured else f"»{_visible(piece)}«", style="bold reverse")
         context.append(after, style="dim")
         table.add_row(
             Text(_visible(piece, edges=True)), str(place), f"{score:.4g}", f"{float(trace.weights[place]):.3g}", context
@@ -492,17 +564,6 @@ def _visible(text: str, edges: bool = False) -> str:
     return text
 
 
-def _steps(total: int) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        BarColumn(24),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=_err(),
-        transient=True,
-    )
-
-
 # ------------------------------------------------------------------------- trace
 
 
@@ -511,17 +572,29 @@ def _steps(total: int) -> Progress:
 def trace_command(
     model: Model,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What the model was asked.")
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="What the model was asked.", rich_help_panel=_IN),
     ] = None,
-    response: Annotated[str | None, typer.Option("--response", "-r", metavar="TEXT", help="What it answered.")] = None,
+    response: Annotated[
+        str | None,
+        typer.Option("--response", "-r", metavar="TEXT", help="What it answered.", rich_help_panel=_IN),
+    ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The prompt from a file; -: from stdin.")
+        Path | None,
+        typer.Option(metavar="FILE", help="The prompt from a file; - is stdin.", rich_help_panel=_IN),
     ] = None,
-    response_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The response likewise.")] = None,
+    response_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The response likewise.", rich_help_panel=_IN)
+    ] = None,
     jsonl: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Both from a line of a file as score reads it.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Both from one line of a file, in any form that score reads.",
+            rich_help_panel=_IN,
+        ),
     ] = None,
-    line: Annotated[int, typer.Option(metavar="N", min=1, help="Which line, from 1.")] = 1,
+    line: Annotated[int, typer.Option(metavar="N", min=1, help="Which line, from 1.", rich_help_panel=_IN)] = 1,
     layers: Layers = "middle",
     preset: Preset = "flowgraph",
     answer: AnswerFinder = "auto",
@@ -536,21 +609,34 @@ def trace_command(
     device: Device = "auto",
     chat: Chat = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the trace as JSON; -: to stdout.")
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the trace as JSON; - is stdout, and then nothing else goes there.",
+            rich_help_panel=_OUT,
+        ),
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the trace as one page.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing, only write files.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the trace as one page.", rich_help_panel=_OUT),
+    ] = None,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Show nothing, only write files.", rich_help_panel=_OUT),
+    ] = False,
     verbose: Verbose = False,
     traceback: Traceback = False,
 ) -> None:
     """Trace one response: its tokens as a heat map, and as JSON or a page if you like.
 
     [bold]Examples[/]
-    flowgraph trace -m smollm2 -p "What is 6 times 7?" -r "6 * 7 = 42. A: 42"
+    flowgraph trace -m smollm2 -p "6 times 7?" -r "It is 42. The answer is 42."
     flowgraph trace -m ./model --jsonl rollouts.jsonl --line 12 --html trace.html
     flowgraph trace -m ./model --jsonl rollouts.jsonl --json - -q | jq .summary
 
-    Without colours (NO_COLOR, a pipe) a table of the top tokens stands for the heat map.
+    Without colours (NO_COLOR, a pipe) a table of the top tokens stands for
+    the heat map.
     """
     record = _given(prompt, prompt_file, response, response_file, jsonl, line)
     with _hushed(verbose):
@@ -655,8 +741,12 @@ def score_command(
     dtype: Dtype = "auto",
     device: Device = "auto",
     chat: Chat = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it exists.", rich_help_panel=_OUT)
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no summary.", rich_help_panel=_OUT)
+    ] = False,
     verbose: Verbose = False,
     traceback: Traceback = False,
 ) -> None:
@@ -665,7 +755,7 @@ def score_command(
     [bold]Example[/]
     flowgraph score rollouts.jsonl scores.parquet -m Qwen/Qwen3-4B --answer boxed
 
-    [bold]IN[/] has one of these on each line, with an "id" if you like; other fields are ignored:
+    [bold]IN[/] has one of these on each line, with an "id" if you like:
       {"prompt": text or messages, "response": text}
       {"question": text, "response": text}
       {"messages": \\[..., {"role": "assistant", "content": text}]}
@@ -682,8 +772,9 @@ def score_command(
       answer               the text that was found, or null
       flags                list, empty where all is fine
 
-    Lines that can't be used go to OUT.errors.jsonl as {"line", "reason"}, and the exit code is 3. OUT appears when it is
-    complete: a run that was stopped leaves none.
+    Lines that can't be used go to OUT.errors.jsonl as {"line", "reason"}, and
+    the exit code is 3. OUT appears when it is complete: a run that was stopped
+    leaves none.
     """
     from flowgraph.adapters.records import ScoreFile, errors_path, lines, parse
 
@@ -715,7 +806,8 @@ def score_command(
                 raise ValueError(f"{source} is empty: there is no line to score")
     if not quiet:
         console, seconds = _out(), done.seconds
-        text = f"{out}: {done.rows:,} rows in {seconds:.1f} s ({done.rows / seconds:.1f} rows/s, {done.tokens / seconds:,.0f} tokens/s)"
+        rates = f"{done.rows / seconds:.1f} rows/s, {done.tokens / seconds:,.0f} tokens/s"
+        text = f"{out}: {done.rows:,} rows in {seconds:.1f} s ({rates})"
         console.print(Text(_clean(text)), soft_wrap=True)
         for flag, count in done.flags.most_common():
             console.print(Text(f"{flag}: {count:,} rows"))
@@ -897,16 +989,17 @@ def self_test(device: str) -> Iterator[tuple[str, float, float]]:
 
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, attn_implementation="eager",
+        num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
+    config._attn_implementation = "eager"  # the kernel that gives its attention out
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).eval()
         ids = torch.randint(3, 64, (1, 48))
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     place = torch.arange(48)[None]
-    roles = {"prompt_mask": place < 16, "answer_tokens": (place >= 40) & (place < 44)}
-    trace = Tracer(model).from_ids(ids, **roles)[0]
+    answer = (place >= 40) & (place < 44)
+    trace = Tracer(model).from_ids(ids, prompt_mask=place < 16, answer_tokens=answer)[0]
     with torch.no_grad():
         attention = model(ids.to(device), output_attentions=True).attentions
     dense = torch.stack([attention[layer][0].double().mean(0) for layer in trace.graph.layers]).mean(0).cpu()
@@ -933,16 +1026,18 @@ def self_test(device: str) -> Iterator[tuple[str, float, float]]:
 @app.command("demo")
 @_command
 def demo_command(
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where demo.html and demo.json go.")] = Path(
-        "out"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FOLDER", help="Where demo.html and demo.json go.", rich_help_panel=_OUT),
+    ] = Path("out"),
     verbose: Verbose = False,
     traceback: Traceback = False,
 ) -> None:
     """Trace right and wrong solutions, and an answer of the model's own, with a small real model.
 
-    The first run fetches SmolLM2-135M-Instruct (98 MB) and converts it, which takes about a minute; it is kept in a cache
-    folder ($FLOWGRAPH_CACHE, else ~/.cache/flowgraph), and later runs take seconds.
+    The first run fetches SmolLM2-135M-Instruct (98 MB) and converts it, which
+    takes about a minute. It is kept in a cache folder ($FLOWGRAPH_CACHE, else
+    ~/.cache/flowgraph), and later runs take seconds.
     """
     with _hushed(verbose):
         import torch
@@ -964,35 +1059,38 @@ def demo_command(
                 if not err.is_terminal:
                     _say(step)
                 messages = [{"role": "user", "content": item.question}]
-                response, cut = (item.response, False) if item.response else _generate(model, tokenizer, messages)
-                traces.append(tracer(messages, response, truncated=cut))
+                if item.response is not None:
+                    traces.append(tracer(messages, item.response))
+                else:
+                    ids, prompt_mask, cut = _generate(model, tokenizer, messages)
+                    traces.append(tracer.from_ids(ids, prompt_mask=prompt_mask, truncated=[cut])[0])
                 dicts.append(traces[-1].to_dict() | {"title": item.title})
                 bar.advance(task)
             bar.update(task, description="Writing the page")
             path = page.write(out / "demo.html", dicts, title="FlowGraph demo").resolve()
             (out / "demo.json").write_text(json.dumps(dicts, allow_nan=False) + "\n", encoding="utf-8")
     console = _out()
-    console.print(Text(f"{ITEMS[-1].title}\n", style="bold"))
-    _show(traces[-1])
+    console.print(Text(f"{ITEMS[0].title}\n", style="bold"))
+    _show(traces[0])
     console.print()
     console.print(Text(f"{len(dicts)} traces on one page: {_shown(path)}"), soft_wrap=True)
     console.print(Text(f"Open it in a browser: {path.as_uri()}"), soft_wrap=True)
 
 
-def _generate(model: Any, tokenizer: Any, messages: list[dict[str, str]], length: int = 120) -> tuple[str, bool]:
-    """The model's own greedy answer, and whether it was cut off at `length` tokens."""
+def _generate(model: Any, tokenizer: Any, messages: list[dict[str, str]], length: int = 120) -> tuple[Any, Any, bool]:
+    """The model's own greedy answer: ids [1, T] with the prompt, its mask [1, T], and whether it was cut off."""
+    import torch
+
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = model.generate(**prompt, max_new_tokens=length, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    return tokenizer.decode(ids, skip_special_tokens=True), len(ids) == length
+    start = prompt["input_ids"].shape[1]
+    ids = model.generate(**prompt, max_new_tokens=length, do_sample=False)
+    cut = ids.shape[1] == start + length and int(ids[0, -1]) != tokenizer.eos_token_id
+    return ids, (torch.arange(ids.shape[1]) < start)[None], cut
 
 
 def _shown(path: Path) -> str:
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
-def _unused() -> NoReturn:
-    raise AssertionError
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ ITEMS = (
         "The answer is \\boxed{85}.",
     ),
     Item(
-        "Pencils, answered by the model itself",
-        "Tom has 3 boxes with 8 pencils each. He gives 5 pencils to Ana. How many pencils does Tom have now? Think step "
-        'by step and end with "The answer is" and the number.',
+        "Notebooks, answered by the model itself",
+        "Anna buys 3 notebooks for $4 each and a pen for $2. How much does she pay in total? Answer in two short "
+        "sentences and end with: The answer is ...",
         None,
     ),
 )

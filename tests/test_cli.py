@@ -1,0 +1,612 @@
+"""The program: every command, every exit code, what goes to stdout and what to stderr, and hostile input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import tomllib
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+from flowgraph import Mass, Threshold, TopK, Tracer, cli, spans
+from flowgraph import smollm2 as smollm2_source
+from flowgraph.credit import _RULES, SCORES
+from flowgraph.solve import SOLVERS
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT, RESPONSE = "What is 6 times 7?", "6 times 7 is 42.\nThe answer is 42."
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('no such role: ' + m.role) }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a byte-level tokenizer and a chat template, as save_pretrained leaves them."""
+    path = tmp_path_factory.mktemp("tiny [model]")  # brackets are markup to rich
+    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([PROMPT, RESPONSE] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", chat_template=TEMPLATE)
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> Any:
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def invoke(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:
+    settings = {"NO_COLOR": "1", "COLUMNS": "200", "FLOWGRAPH_TRACEBACK": "", "FORCE_COLOR": None} | (env or {})
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], env=settings)  # type: ignore[arg-type]
+
+
+def good(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:
+    result = invoke(*arguments, env=env)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(code: int, *arguments: str | Path) -> str:
+    """stderr of a command that must end with `code`, without a traceback and with nothing on stdout."""
+    result = invoke(*arguments)
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    if code == 1:
+        assert result.stderr.splitlines()[-1].startswith("error: ")
+    return result.stderr
+
+
+def program(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "200"} | options.pop("env", {})
+    command = [sys.executable, "-m", "flowgraph.cli", *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, **options)
+
+
+def trace(folder: Path, *more: str | Path) -> list[str | Path]:
+    return ["trace", "-m", folder, "-p", PROMPT, "-r", RESPONSE, *more]
+
+
+# ------------------------------------------------------------------------- help and choices
+
+
+def test_help_teaches() -> None:
+    for command in ("trace", "score", "doctor", "demo"):
+        assert command in good("--help").stdout
+        text = good(command, "--help").stdout
+        assert "flowgraph " + command in text or command in ("doctor", "demo")
+        for _, kind in re.findall(r"(\[/?)(bold|dim)\b", text):
+            raise AssertionError(f"markup is shown as text: {kind}")
+    text = good("score", "--help").stdout
+    for column in ("line", "id", "response_token_ids", "weights", "throughput", "reach", "answer", "flags"):
+        assert column in text
+    assert '"messages": [..., {' in text, "brackets are not taken for markup"
+
+
+def test_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert good("--version").stdout.strip() == f"flowgraph {version}"
+
+
+def test_choices_are_those_of_the_library_and_help_names_them() -> None:
+    assert cli.SOLVERS == ("auto", *SOLVERS)
+    assert cli.FINDERS == ("auto", *spans.FINDERS)
+    assert cli.RULES == tuple(_RULES)
+    assert set(cli.FLAGS) == {*spans.FLAGS, "no_flow"}
+    text = good("trace", "--help").stdout
+    for choice in (*cli.SOLVERS, *cli.FINDERS, *cli.RULES, *SCORES, *spans.PRESETS, "float32", "bfloat16"):
+        assert choice in text
+
+
+def test_extras_are_those_of_the_project() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {key: {re.split(r"[^\w-]", line)[0] for line in lines} for key, lines in extras.items() if key != "dev"}
+    assert {extra: set(modules.values()) for extra, modules in cli._EXTRAS.items()} == names
+
+
+# ------------------------------------------------------------------------- trace
+
+
+def test_trace_as_json_is_what_the_tracer_says(folder: Path, tokenizer: Any) -> None:
+    result = good(*trace(folder, "--json", "-", "--rule", "rank", "--gain", "2"))
+    shown = json.loads(result.stdout)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = Tracer(model, tokenizer, rule="rank", gain=2.0)([{"role": "user", "content": PROMPT}], RESPONSE)
+    assert shown["tokens"] == json.loads(json.dumps(expected.to_dict()))["tokens"]
+    assert shown["answer"]["text"] == "42"
+    assert shown["options"]["rule"] == "rank"
+    assert max(shown["tokens"]["weight"]) == 2
+
+
+def test_every_option_reaches_the_tracer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = Tracer.__call__
+
+    def spy(self: Tracer, *args: Any, **kwargs: Any) -> Any:
+        seen.append((self.options, self.model.dtype, args))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tracer, "__call__", spy)
+    given = {
+        "--layers": "0,2", "--preset": "paper", "--answer": "answer is", "--edges": "top:5", "--score": "reach",
+        "--rule": "softmax", "--top": "0.2", "--gain": "3", "--solver": "scatter", "--dtype": "bfloat16", "--device": "cpu",
+    }  # fmt: skip
+    good(*trace(folder, "-q", "--no-chat", *[word for pair in given.items() for word in pair]))
+    ((options, dtype, (prompt, response)),) = seen
+    fields = (options.layers, options.preset, options.answer, options.edges, options.score)
+    assert fields == ([0, 2], "paper", "answer is", TopK(5), "reach")
+    assert (options.rule, options.top, options.gain, options.solver) == ("softmax", 0.2, 3.0, "scatter")
+    assert (dtype, prompt, response) == (torch.bfloat16, PROMPT, RESPONSE)
+    for text, rule in {"auto": None, "all": Threshold(0.0), "1/64": Threshold(1 / 64), "mass:0.9": Mass(0.9)}.items():
+        good(*trace(folder, "-q", "--edges", text))
+        assert seen[-1][0].edges == rule
+    assert seen[-1][1] == torch.float32
+    assert seen[-1][2][0] == [{"role": "user", "content": PROMPT}], "chat is the default where there is a template"
+    good(*trace(folder, "-q", "--answer-regex", r"is (\d+)"))
+    assert seen[-1][0].answer == re.compile(r"is (\d+)")
+
+
+def test_the_forms_of_input_agree(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text(PROMPT + "\n")
+    (tmp_path / "r.txt").write_bytes(b"\xef\xbb\xbf" + RESPONSE.encode())
+    messages = [{"role": "user", "content": PROMPT}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    rows = [
+        {"prompt": PROMPT, "response": RESPONSE},
+        {"messages": [*messages, {"role": "assistant", "content": RESPONSE}]},
+        {"prompt_ids": prompt, "response_ids": [*tokenizer(RESPONSE)["input_ids"], tokenizer.eos_token_id]},
+    ]
+    jsonl = tmp_path / "in.jsonl"
+    jsonl.write_text("\n".join(map(json.dumps, rows)))
+    forms: list[list[str | Path]] = [
+        ["-p", PROMPT, "-r", RESPONSE],
+        ["--prompt-file", tmp_path / "p.txt", "--response-file", tmp_path / "r.txt"],
+        ["--jsonl", jsonl],
+        ["--jsonl", jsonl, "--line", "2"],
+        ["--jsonl", jsonl, "--line", "3"],
+    ]
+    tokens = [json.loads(good("trace", "-m", folder, *form, "--json", "-").stdout)["tokens"] for form in forms]
+    assert all(one == tokens[0] for one in tokens)
+
+
+def test_trace_writes_files_and_quiet_says_nothing(folder: Path, tmp_path: Path) -> None:
+    page, data = tmp_path / "new" / "t.html", tmp_path / "other" / "t.json"
+    result = good(*trace(folder, "--html", page, "--json", data, "--quiet"))
+    assert result.output == ""
+    assert page.read_text().startswith("<!")
+    assert json.loads(data.read_text())["answer"]["text"] == "42"
+    result = good(*trace(folder, "--json", data))
+    assert f"wrote {data}" in result.stderr
+    assert "wrote" not in result.stdout
+
+
+def test_without_colours_a_table_stands_for_the_heat_map(folder: Path) -> None:
+    result = good(*trace(folder))
+    assert "\x1b" not in result.output
+    assert "Top tokens by throughput" in result.stdout
+    assert 'answer "42" (answer is)' in result.stdout
+    assert "»" in result.stdout
+    assert "low" not in result.stdout
+
+
+def test_with_colours_there_is_a_heat_map(folder: Path) -> None:
+    colours = {"NO_COLOR": "", "FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color"}
+    text = good(*trace(folder), env=colours).stdout
+    background = set(re.findall(r"\x1b\[[\d;]*48;2;(\d+;\d+;\d+)m", text))
+    assert len(background) == len(cli._SHADES)
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+    assert PROMPT in plain
+    assert "The answer is 42." in plain
+    assert "low" in plain and "high" in plain
+    assert len(set(re.findall(r"\x1b\[\d+;(4\d)m", good(*trace(folder), env=colours | {"COLORTERM": ""}).stdout))) >= 0
+
+
+def test_flags_are_said_in_words(folder: Path) -> None:
+    result = good("trace", "-m", folder, "-p", PROMPT, "-r", "I do not know")
+    assert "no_answer: no answer was found" in result.stdout
+    assert "Top tokens" not in result.stdout
+    result = good("trace", "-m", folder, "-p", PROMPT, "-r", "The answer is 41. No, the answer is 42.")
+    assert "several_answers: " in result.stdout
+
+
+def test_a_response_cannot_command_the_terminal(folder: Path) -> None:
+    evil = "\x1b[2J\x1b]0;owned\x07 [red]x[/nope] \u202e\x9b The answer is 42."
+    for env in ({"NO_COLOR": "1"}, {"NO_COLOR": "", "FORCE_COLOR": "1", "COLORTERM": "truecolor"}):
+        text = good("trace", "-m", folder, "-p", PROMPT, "-r", evil, "--no-chat", env=env).stdout
+        rest = re.sub(r"\x1b\[[\d;]*m", "", text)
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", rest)
+
+
+def test_a_long_prompt_is_shortened_on_the_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_SHOWN_PROMPT", 6)
+    colours = {"NO_COLOR": "", "FORCE_COLOR": "1"}
+    text = re.sub(r"\x1b\[[\d;]*m", "", good(*trace(folder), env=colours).stdout)
+    assert re.search(r"<\|user\|>.* \.\.\. \d+ tokens \.\.\. .*<\|assistant\|>6 times 7", text, re.S)
+    assert PROMPT not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["-p", PROMPT], "give --response or --response-file"),
+        (["-r", RESPONSE], "give --prompt or --prompt-file"),
+        (["-p", PROMPT, "--prompt-file", "x", "-r", RESPONSE], "not both"),
+        (["-p", PROMPT, "--jsonl", "x"], "leave out --prompt"),
+        (["--jsonl", "x", "--line", "0"], "--line"),
+        (["-p", PROMPT, "-r", RESPONSE, "--layers", "upper"], "layer numbers like 10,11,12"),
+        (["-p", PROMPT, "-r", RESPONSE, "--edges", "most"], "a threshold like 1/1024"),
+        (["-p", PROMPT, "-r", RESPONSE, "--edges", "1/0"], "a threshold like 1/1024"),
+        (["-p", PROMPT, "-r", RESPONSE, "--edges", "mass:2"], "must be in (0, 1]"),
+        (["-p", PROMPT, "-r", RESPONSE, "--edges", "top:0"], "whole number >= 1"),
+        (["-p", PROMPT, "-r", RESPONSE, "--answer", "box"], "auto, boxed, ####"),
+        (["-p", PROMPT, "-r", RESPONSE, "--answer-regex", "("], "no regular expression"),
+        (["-p", PROMPT, "-r", RESPONSE, "--solver", "magic"], "scatter, scipy, reference"),
+        (["-p", PROMPT, "-r", RESPONSE, "--top", "0"], "top must be in (0, 1]"),
+        (["-p", PROMPT, "-r", RESPONSE, "--gain", "nan"], "gain must be finite"),
+        (["-p", PROMPT, "-r", RESPONSE, "--device", "toaster"], "use auto, cpu, cuda"),
+        (["-p", PROMPT, "-r", RESPONSE, "--tepid"], "--tepid"),
+    ],
+)
+def test_wrong_usage_is_2(folder: Path, arguments: list[str], hint: str) -> None:
+    message = " ".join(re.sub(r"[│╭╮╰╯─]", " ", refused(2, "trace", "-m", folder, *arguments)).split())
+    assert hint in message
+
+
+def test_no_command_and_no_model_are_wrong_usage() -> None:
+    assert invoke().exit_code == 2
+    assert "--model" in refused(2, "trace", "-p", PROMPT, "-r", RESPONSE)
+    assert invoke("tarce").exit_code == 2
+
+
+def test_what_cannot_be_done_is_1_in_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_bytes(b"\n")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "p"}\n')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    here = ["trace", "-m", folder]
+    cases: list[tuple[list[str | Path], str]] = [
+        (["trace", "-m", "./nowhere", "-p", "p", "-r", "r"], "--model ./nowhere: there is no such folder"),
+        (["trace", "-m", tmp_path, "-p", "p", "-r", "r"], "has no config.json"),
+        (["trace", "-m", tmp_path / "broken", "-p", "p", "-r", "r"], "cannot be loaded"),
+        (["trace", "-m", "no-one/nothing", "-p", "p", "-r", "r"], "--model no-one/nothing cannot be loaded"),
+        ([*here, "-p", "p", "-r", ""], "the response is empty"),
+        ([*here, "-p", " ", "-r", "r"], "the prompt is empty"),
+        ([*here, "-p", "p", "--response-file", tmp_path / "none.txt"], f"No such file or directory: {tmp_path}"),
+        ([*here, "-p", "p", "--response-file", tmp_path / "latin.txt"], "is not UTF-8: byte 3 is 0xe9"),
+        ([*here, "-p", "p", "--response-file", tmp_path / "empty.txt"], "the response is empty"),
+        ([*here, "--jsonl", tmp_path / "none.jsonl"], "No such file or directory"),
+        ([*here, "--jsonl", tmp_path / "in.jsonl"], "no response"),
+        ([*here, "--jsonl", tmp_path / "in.jsonl", "--line", "9"], "has no line 9; its last one is 1"),
+        ([*trace(folder), "--layers", "7"], "7"),
+        ([*trace(folder), "--device", "cuda:99"], "there is no device cuda:99 here"),
+        ([*trace(folder), "--html", tmp_path], "Is a directory"),
+        ([*here, "-p", "p " * 500, "-r", RESPONSE], "more than the 128 that the model can see"),
+    ]
+    for arguments, reason in cases:
+        message = refused(1, *arguments)
+        assert reason in message, message
+        assert len([line for line in message.splitlines() if line.startswith("error")]) == 1
+
+
+def test_chat_needs_a_template(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = None
+    LlamaForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "has no chat template" in refused(1, *trace(tmp_path, "--chat"))
+    shown = json.loads(good(*trace(tmp_path, "--json", "-")).stdout)
+    assert "".join(shown["tokens"]["text"]) == PROMPT + RESPONSE
+
+
+def test_a_traceback_only_for_those_who_ask(folder: Path) -> None:
+    bad = ["trace", "-m", str(folder), "-p", "p", "-r", ""]
+    for arguments, env in (([*bad, "--traceback"], {}), (bad, {"FLOWGRAPH_TRACEBACK": "1"})):
+        result = invoke(*arguments, env=env)
+        assert result.exit_code == 1
+        assert isinstance(result.exception, ValueError)
+
+
+def test_a_bug_says_its_type(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise KeyError("gone")
+
+    monkeypatch.setattr(Tracer, "__call__", broken)
+    assert "error: KeyError: 'gone' (--traceback shows where)" in refused(1, *trace(folder))
+
+
+def test_ctrl_c_is_130(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tracer, "__call__", stop)
+    assert "stopped" in refused(130, *trace(folder))
+
+
+# ------------------------------------------------------------------------- score
+
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": PROMPT, "response": RESPONSE, "id": "a"},
+    {"question": PROMPT, "response": "I do not know", "id": 2},
+    {"messages": [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": RESPONSE}]},
+]
+BAD: list[tuple[bytes, str]] = [
+    (b'{"prompt": ', "not JSON"),
+    (b'{"prompt": "caf\xe9", "response": "r"}', "not UTF-8"),
+    (b'{"prompt": "p", "response": ""}', '"response" is empty'),
+    (json.dumps({"prompt": "p " * 500, "response": RESPONSE}).encode(), "more than the 128"),
+    (b'{"prompt_ids": [1], "response_ids": [99999]}', "token id 99999 is unknown"),
+    (b'{"messages": [{"role": "user", "content": "p"}]}', "must be an assistant one"),
+    (b'{"messages": [{"role": "elf", "content": "p"}], "response": "r"}', "no such role: elf"),
+    (b'{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": 7}]}', "must be text"),
+]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    return path
+
+
+def test_score_gives_each_response_its_credits(folder: Path, tokenizer: Any, rows: Path) -> None:
+    out = rows.with_name("out.parquet")
+    result = good("score", rows, out, "-m", folder, "--rule", "proportional")
+    assert "3 rows" in result.stdout
+    assert "no_answer: 1 rows" in result.stdout
+    table = pq.read_table(out)
+    assert table.schema.metadata[b"flowgraph.model"] == str(folder).encode()
+    assert json.loads(table.schema.metadata[b"flowgraph.options"])["rule"] == "proportional"
+    assert set(table.schema.metadata) >= {b"flowgraph.version"}
+    frame = pd.read_parquet(out)
+    assert frame["line"].tolist() == [1, 2, 3]
+    assert frame["id"].tolist() == ["a", "2", None]
+    assert frame["answer"].tolist() == ["42", None, "42"]
+    assert [list(flags) for flags in frame["flags"]][::2] == [[], []]
+    assert "no_answer" in frame["flags"][1]
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = Tracer(model, tokenizer, rule="proportional")([{"role": "user", "content": PROMPT}], RESPONSE)
+    response = expected.graph.response_mask
+    for number in (0, 2):
+        row = frame.iloc[number]
+        assert row["response_token_ids"].tolist() == expected.graph.token_ids[response].tolist()
+        assert row["weights"].tolist() == expected.weights[response].tolist()
+        assert row["throughput"].tolist() == expected.throughput[response].tolist()
+        assert row["reach"].tolist() == expected.reach[response].tolist()
+        assert row["response_tokens"] == int(response.sum())
+        assert row["prompt_tokens"] == int(expected.graph.prompt_mask.sum())
+    assert set(frame["weights"][1]) == {1.0}
+
+
+def test_bad_lines_are_set_aside_and_the_run_goes_on(folder: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    path.write_bytes(b"\n".join([line for line, _ in BAD] + [b"", json.dumps(ROWS[0]).encode()]))
+    result = invoke("score", path, out, "-m", folder)
+    assert result.exit_code == 3, result.output
+    assert f"{len(BAD)} lines set aside, see {out}.errors.jsonl" in result.stdout
+    assert pd.read_parquet(out)["line"].tolist() == [len(BAD) + 2]
+    errors = [json.loads(line) for line in Path(f"{out}.errors.jsonl").read_text().splitlines()]
+    assert [error["line"] for error in errors] == list(range(1, len(BAD) + 1))
+    for error, (_, reason) in zip(errors, BAD, strict=True):
+        assert reason in error["reason"]
+
+
+def test_a_file_of_bad_lines_alone_gives_an_empty_table(folder: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    path.write_bytes(BAD[0][0])
+    assert invoke("score", path, out, "-m", folder, "-q").exit_code == 3
+    assert len(pd.read_parquet(out)) == 0
+
+
+def test_score_refuses_before_it_loads_a_model(rows: Path, tmp_path: Path) -> None:
+    empty, blank, old = tmp_path / "empty.jsonl", tmp_path / "blank.jsonl", tmp_path / "old.parquet"
+    empty.write_bytes(b"")
+    blank.write_bytes(b"\n \n")
+    old.write_bytes(b"old")
+    missing = "./nowhere"  # would be complained about, if it came to that
+    for source, out, reason in (
+        (tmp_path / "none.jsonl", tmp_path / "o", "IN: there is no file"),
+        (tmp_path, tmp_path / "o", "is a folder"),
+        (empty, tmp_path / "o", "is empty: there is no line to score"),
+        (rows, old, "exists; --overwrite replaces it"),
+        (rows, tmp_path, "is a folder"),
+        (rows, rows, "IN and OUT are the same file"),
+    ):
+        assert reason in refused(1, "score", source, out, "-m", missing)
+    assert "same file" in refused(1, "score", rows, rows, "-m", missing, "--overwrite")
+    assert old.read_bytes() == b"old"
+    assert not (tmp_path / "o").exists()
+
+
+def test_blank_lines_alone_are_no_input(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"\n \n")
+    assert "there is no line to score" in refused(1, "score", tmp_path / "in.jsonl", tmp_path / "o", "-m", folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_overwrite(folder: Path, rows: Path) -> None:
+    out = rows.with_name("out.parquet")
+    out.write_bytes(b"old")
+    assert good("score", rows, out, "-m", folder, "--overwrite", "-q").output == ""
+    assert len(pd.read_parquet(out)) == 3
+
+
+def test_options_that_no_row_could_be_traced_with_stop_the_run(folder: Path, rows: Path) -> None:
+    out = rows.with_name("out.parquet")
+    assert "7" in refused(1, "score", rows, out, "-m", folder, "--layers", "7")
+    refused(2, "score", rows, out, "-m", folder, "--top", "2")
+    assert list(rows.parent.iterdir()) == [rows]
+
+
+def test_an_exception_in_the_middle_leaves_no_out(folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowgraph.adapters.records import ScoreFile
+
+    def full(self: ScoreFile, row: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ScoreFile, "add", full)
+    assert "No space left" in refused(1, "score", rows, rows.with_name("out.parquet"), "-m", folder)
+    assert list(rows.parent.iterdir()) == [rows]
+
+
+def test_a_log_gets_a_line_now_and_then(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = cli._Done()
+    with cli._progress(rows, done, quiet=False, every=0) as advance:
+        done.rows = 5
+        advance(10)
+    assert "5 rows, " in capsys.readouterr().err
+    with cli._progress(rows, done, quiet=True, every=0) as advance:
+        advance(10)
+    assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------- as a program
+
+
+def test_the_program_keeps_stdout_for_results(folder: Path) -> None:
+    done = program(*trace(folder, "--json", "-"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["answer"]["text"] == "42"
+    assert done.stderr == ""
+
+
+def test_stdin_and_a_terminal_of_ascii(folder: Path) -> None:
+    arguments = ["trace", "-m", folder, "-p", PROMPT, "--response-file", "-", "--no-chat"]
+    done = program(*arguments, input="é: the answer is 42\n", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "Top tokens" in done.stdout
+
+
+def test_the_program_says_errors_in_one_line() -> None:
+    done = program("trace", "-m", "./nowhere", "-p", "p", "-r", "r")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: --model ./nowhere: there is no such folder\n"
+
+
+def test_stopping_score_leaves_no_out(folder: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    path.write_text((json.dumps(ROWS[0]) + "\n") * 200_000)
+    command = [sys.executable, "-m", "flowgraph.cli", "score", str(path), str(out), "-m", str(folder)]
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        deadline = time.monotonic() + 90
+        while not list(tmp_path.glob(".*.partial")) and time.monotonic() < deadline:
+            assert running.poll() is None
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        output = running.communicate(timeout=60)
+    assert running.returncode == 130, output
+    assert "Traceback" not in output[1]
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+# ------------------------------------------------------------------------- doctor
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = good("doctor")
+    for word in ("torch-geometric", "transformers", "cpu", "cuda", "solver scatter", "solver scipy", "capture"):
+        assert word in result.stdout
+    assert "OK: everything" in result.stdout
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert 'pip install "flowgraph-llm[scatter]"' in good("doctor").stdout
+
+
+def test_doctor_finds_a_solver_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    right = SOLVERS["scatter"]
+    wrong = {"scatter": lambda system: replace(right(system), flow=right(system).flow * 1.01)}
+    monkeypatch.setitem(SOLVERS, **{"name": "scatter", "value": wrong["scatter"]})
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert re.search(r"solver scatter .*WRONG", result.stdout)
+    assert re.search(r"solver scipy .*OK", result.stdout)
+    assert "1 of the self-tests went wrong" in result.stderr
+    assert "OK: everything" not in result.stdout
+
+
+def test_doctor_needs_required_packages_only() -> None:
+    """With pandas, gguf and everything else that is optional out of reach."""
+    code = (
+        "import sys\n"
+        "for name in ('pandas', 'gguf', 'torch_scatter', 'cupy', 'triton', 'plotly', 'ray', 'trl', 'hypothesis'):\n"
+        "    sys.modules[name] = None\n"
+        "from flowgraph.cli import main; sys.argv = ['flowgraph', 'doctor']; main()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "OK: everything" in done.stdout
+
+
+# ------------------------------------------------------------------------- demo
+
+
+def test_demo_without_gguf_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOWGRAPH_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = invoke("demo", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "flowgraph-llm[demo]" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.real
+def test_demo(smollm2: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2_source, "load", lambda dtype, say: smollm2)
+    begun = time.perf_counter()
+    result = good("demo", "--out", tmp_path / "out")
+    seconds = time.perf_counter() - begun
+    assert seconds < 60, "seconds on a quiet machine"
+    page = tmp_path / "out" / "demo.html"
+    assert str(page) in result.stdout
+    assert page.as_uri() in result.stdout
+    assert "Top tokens" in result.stdout
+    items = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert len(items) == 4
+    assert [item["answer"]["text"] for item in items[:3]] == ["18", "8", "85"]
+    assert all(item["title"] in page.read_text() for item in items)
+    assert all(item["summary"]["absorbed"] == pytest.approx(1, rel=1e-4) for item in items[:3])
+    assert 0 < items[3]["summary"]["response_tokens"] <= 120
+
+
+@pytest.mark.real
+def test_trace_with_the_model_of_the_demo(smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2_source, "load", lambda dtype, say: smollm2)
+    shown = json.loads(good("trace", "-m", "smollm2", "-p", PROMPT, "-r", RESPONSE, "--json", "-").stdout)
+    assert shown["layers"] == list(range(10, 20))
+    assert shown["answer"]["text"] == "42"
