@@ -17,6 +17,7 @@ from flowgraph._version import __version__
 if TYPE_CHECKING:
     from flowgraph.capture import Capture, capture
     from flowgraph.credit import Credit, credit, weights_from_scores
+    from flowgraph.exact import exact_flow
     from flowgraph.flow import Flow, trace_flow
     from flowgraph.graph import TokenGraph
     from flowgraph.layers import AnswerReachability, FlowPropagation
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "capture": ("Capture", "capture"),
     "credit": ("Credit", "credit", "weights_from_scores"),
+    "exact": ("exact_flow",),
     "flow": ("Flow", "trace_flow"),
     "graph": ("TokenGraph",),
     "layers": ("AnswerReachability", "FlowPropagation"),
@@ -78,6 +80,7 @@ __all__ = [
     "__version__",
     "capture",
     "credit",
+    "exact_flow",
     "find_answer",
     "locate",
     "sparsify",

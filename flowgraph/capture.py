@@ -107,6 +107,11 @@ class Capture:
     layers: list[int]
     _kept: list[_Layer] = field(repr=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the queries and keys are, and with them all that is made from them."""
+        return self._kept[0].query.device
+
     def rows(self, row: int, positions: Tensor, block: int | None = None) -> AttentionRows:
         """The attention among some tokens of one row of the batch, as a stream of row blocks.
 
@@ -114,7 +119,7 @@ class Capture:
             row: number of the row in the batch.
             positions: [N] int64, ascending: the positions of the trace's tokens in that row (no pads, one document).
         """
-        positions = positions.to(self._kept[0].query.device)
+        positions = positions.to(self.device)
         start, N = int(positions[0]), len(positions)
         # A slice is a view; only a trace with holes has to be copied.
         index: Any = slice(start, start + N) if int(positions[-1]) == start + N - 1 else positions
@@ -390,7 +395,7 @@ def _attention(
             key=key,
             scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
             softcap=arguments.get("softcap"),
-            sink_logits=arguments.get("s_aux"),
+            sink_logits=None if (sinks := arguments.get("s_aux")) is None else sinks.detach(),
             mask=attention_mask,
         )
     if layer == recorder.last:

@@ -35,7 +35,6 @@ from rich.text import Text
 from flowgraph._version import __version__
 
 if TYPE_CHECKING:
-    from flowgraph.adapters.records import Record
     from flowgraph.tracer import Options, Trace, Tracer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -257,12 +256,15 @@ def _options(**given: Any) -> Options:
     """The tracer's options; what the library refuses in them is wrong usage, and known before a model is loaded."""
     import torch
 
-    from flowgraph import Options, sparsify, weights_from_scores
+    from flowgraph.credit import weights_from_scores
+    from flowgraph.sparsify import Mass, Threshold, TopK
+    from flowgraph.tracer import Options
 
     regex = given.pop("answer_regex")
     rule, number = given.pop("edges")
     try:
-        given["edges"] = None if rule == "auto" else getattr(sys.modules[sparsify.__module__], rule)(number)
+        rules: dict[str, Any] = {"Threshold": Threshold, "TopK": TopK, "Mass": Mass}
+        given["edges"] = None if rule == "auto" else rules[rule](number)
         if regex is not None:
             given["answer"] = regex
         options = Options(**given)
@@ -359,8 +361,8 @@ class _Loaded:
     tracer: Tracer
     chat: bool
 
-    def trace(self, record: Record) -> Trace:
-        """One record, in whichever form it came."""
+    def trace(self, record: Any) -> Trace:
+        """One `Record` of adapters/records.py, in whichever form it came."""
         import torch
 
         if record.has_ids:
@@ -668,7 +670,8 @@ def _given(
     response_file: Path | None,
     jsonl: Path | None,
     line: int,
-) -> Record:
+) -> Any:
+    """The `Record` that the options name."""
     from flowgraph.adapters.records import Record, record_at
 
     texts = {"--prompt": prompt, "--prompt-file": prompt_file, "--response": response, "--response-file": response_file}
@@ -810,9 +813,9 @@ def score_command(
         text = f"{out}: {done.rows:,} rows in {seconds:.1f} s ({rates})"
         console.print(Text(_clean(text)), soft_wrap=True)
         for flag, count in done.flags.most_common():
-            console.print(Text(f"{flag}: {count:,} rows"))
+            console.print(Text(f"{flag}: {count:,} of {done.rows:,} rows"))
         if done.aside:
-            text = f"{done.aside:,} lines set aside, see {errors_path(out)}"
+            text = f"set aside: {done.aside:,} of {done.rows + done.aside:,} lines, see {errors_path(out)}"
             console.print(Text(_clean(text), style="yellow"), soft_wrap=True)
     if done.aside:
         raise typer.Exit(3)
@@ -855,7 +858,7 @@ def _metadata(model: str, loaded: _Loaded) -> dict[str, str]:
     return {"version": __version__, "model": model, "options": json.dumps(options)}
 
 
-def _row(record: Record, trace: Trace) -> dict[str, Any]:
+def _row(record: Any, trace: Trace) -> dict[str, Any]:
     graph, response = trace.graph, trace.graph.response_mask
     return {
         "line": record.line,

@@ -5,7 +5,7 @@ Shapes: N tokens, E edges, B graphs of a batch; a single graph is a batch of one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,13 @@ from flowgraph.solve import SOLVERS, System, choose_solver
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Relative error at which iterative solvers stop, by the dtype of the graph's weights."""
+
+
+_PER_TOKEN = (
+    "reach", "log_reach", "flow", "throughput", "injection", "unlisted_inflow", "unlisted_outflow",
+)  # fmt: skip
+_PER_EDGE = ("edge_flow", "transition")
+_PER_GRAPH = ("injected", "absorbed", "unabsorbed", "iterations")
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,9 @@ class Flow:
         injection: [N] what flows in from outside; sums to `injected` per graph.
         injected: [B] 1, or 0 where no source reaches the answer. absorbed: [B] what arrived at the sinks.
         unabsorbed: [B] their difference: rounding, or what `max_hops` has cut off.
+        unlisted_inflow, unlisted_outflow: [N] flow on edges that the graph does not list; 0 but for `exact_flow`.
         iterations: [B] hops of the iterative solver; 1 for the direct ones.
-        solver: the algorithm that ran. graph: the graph or batch itself.
+        solver: the algorithm that ran ("exact" for `exact_flow`). graph: the graph or batch itself.
     """
 
     reach: Tensor
@@ -48,6 +56,8 @@ class Flow:
     injected: Tensor
     absorbed: Tensor
     unabsorbed: Tensor
+    unlisted_inflow: Tensor
+    unlisted_outflow: Tensor
     iterations: Tensor
     solver: str
     graph: TokenGraph
@@ -69,15 +79,24 @@ class Flow:
         edges = slice(int(ends[0]), int(ends[1]))
         one = slice(number, number + 1)
         return Flow(
-            **{name: getattr(self, name)[tokens] for name in ("reach", "log_reach", "flow", "throughput", "injection")},
-            **{name: getattr(self, name)[edges] for name in ("edge_flow", "transition")},
-            **{name: getattr(self, name)[one] for name in ("injected", "absorbed", "unabsorbed", "iterations")},
+            **{name: getattr(self, name)[tokens] for name in _PER_TOKEN},
+            **{name: getattr(self, name)[edges] for name in _PER_EDGE},
+            **{name: getattr(self, name)[one] for name in _PER_GRAPH},
             solver=self.solver,
             graph=self.graph[number],
         )
 
     def __iter__(self) -> Iterator[Flow]:
         return (self[number] for number in range(len(self)))
+
+    @classmethod
+    def of_batch(cls, flows: Sequence[Flow]) -> Flow:
+        """Flows of single graphs as the flow of their batch."""
+        joined = {
+            name: torch.cat([getattr(flow, name) for flow in flows]) for name in _PER_TOKEN + _PER_EDGE + _PER_GRAPH
+        }
+        solver = "+".join(sorted({flow.solver for flow in flows}))
+        return cls(**joined, solver=solver, graph=Batch.from_data_list([flow.graph for flow in flows]))
 
 
 def trace_flow(
@@ -111,7 +130,7 @@ def trace_flow(
     if max_hops is not None and max_hops < 0:
         raise ValueError(f"max_hops must be >= 0, got {max_hops}")
     graph.validate()
-    weight, source, target = graph.edge_weight, graph.edge_index[0], graph.edge_index[1]
+    weight, source, target = graph.edge_weight.detach(), graph.edge_index[0], graph.edge_index[1]
     if absorb_at_prompt:
         weight = weight * ~(graph.prompt_mask & ~graph.answer_mask)[target]
     batch = graph_batch(graph)
@@ -150,6 +169,8 @@ def trace_flow(
         injected=out(injected),
         absorbed=out(absorbed),
         unabsorbed=out(injected - absorbed),
+        unlisted_inflow=out(torch.zeros_like(flow)),
+        unlisted_outflow=out(torch.zeros_like(flow)),
         iterations=solution.iterations.to(weight.device),
         solver=solver,
         graph=graph,

@@ -27,11 +27,18 @@ class RowBlock(NamedTuple):
 
 
 class Rows(Protocol):
-    """A matrix `W` [N, N] that is read block by block, first rows first."""
+    """A matrix `W` [N, N] that is read block by block, as often as one likes, always in the same blocks."""
 
     num_tokens: int
 
-    def blocks(self) -> Iterator[RowBlock]: ...
+    def blocks(self, last_first: bool = False) -> Iterator[RowBlock]:
+        """First rows first, or the blocks in reverse (within a block the rows always ascend)."""
+        ...
+
+
+def _bounds(num_tokens: int, size: int, last_first: bool) -> Iterator[tuple[int, int]]:
+    starts = range(0, num_tokens, size)
+    return ((start, min(start + size, num_tokens)) for start in (reversed(starts) if last_first else starts))
 
 
 class DenseRows:
@@ -47,9 +54,8 @@ class DenseRows:
         self.W = W if W.dtype in (torch.float32, torch.float64) else W.float()
         self.num_tokens, self._block = len(W), block
 
-    def blocks(self) -> Iterator[RowBlock]:
-        for start in range(0, self.num_tokens, self._block):
-            stop = min(start + self._block, self.num_tokens)
+    def blocks(self, last_first: bool = False) -> Iterator[RowBlock]:
+        for start, stop in _bounds(self.num_tokens, self._block, last_first):
             rows = self.W[start:stop]
             # Not `!= 0` on the part above the diagonal: NaN must be named as such by the weights' own check.
             ahead = torch.triu(rows, diagonal=start + 1)
@@ -102,14 +108,13 @@ class AttentionRows:
         self._layers, self._positions, self._block = layers, positions, block
         self.num_tokens = layers[0].query.shape[1]
 
-    def blocks(self) -> Iterator[RowBlock]:
+    def blocks(self, last_first: bool = False) -> Iterator[RowBlock]:
         N = self.num_tokens
         heads = max(layer.query.shape[0] for layer in self._layers)
         size = self._block or max(16, min(256, BLOCK_BYTES // (4 * heads * N)))
-        keys = [layer.key.to(self._dtype).mT.contiguous() for layer in self._layers]
+        keys = [layer.key.to(self._dtype).mT for layer in self._layers]
         total_heads = sum(layer.query.shape[0] for layer in self._layers)
-        for start in range(0, N, size):
-            stop = min(start + size, N)
+        for start, stop in _bounds(N, size, last_first):
             block = torch.zeros(stop - start, stop, dtype=self._dtype, device=keys[0].device)
             hidden: dict[MaskTile | None, Tensor | None] = {}
             for layer, key in zip(self._layers, keys, strict=True):

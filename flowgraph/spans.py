@@ -129,9 +129,7 @@ _WRAPPED = re.compile(
     r"\*\*(?=\S)([^\n]*?\S)\*\*|\$\$(.+?)\$\$|\$(?=\S)((?:\\.|[^\n$\\])+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]",
     re.DOTALL,
 )
-_SENTENCE_END = re.compile(
-    r"\.(?!\w)|[!?](?=\s+[A-Z]|\s*\Z)|[。\uff01\uff1f\n]"
-)  # \uff01\uff1f: full-width ! and ?
+_SENTENCE_END = re.compile(r"\.(?!\w)|[!?](?=\s+[A-Z]|\s*\Z)|[。\uff01\uff1f\n]")  # \uff01\uff1f: full-width ! and ?
 
 
 def _boxed(text: str) -> Found:

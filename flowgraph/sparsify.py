@@ -120,13 +120,7 @@ def sparsify(rows: Rows, rule: EdgeRule | None = None) -> Edges:
     selves: list[Tensor] = []
     losses: list[Tensor] = []
     for start, block in rows.blocks():
-        least, most = block.aminmax()
-        if not (least >= 0 and most < torch.inf):  # NaN is neither
-            at, column = (int(x) for x in (~((block >= 0) & (block < torch.inf))).nonzero()[0])
-            raise ValueError(
-                f"W[{start + at}, {column}] = {float(block[at, column])}; attention weights must be finite and not "
-                "negative (NaN from a model: check its inputs, or load it in float32 or bfloat16)"
-            )
+        check_weights(block, start)
         selves.append(block.diagonal(start).clone())
         block = block.tril(start - 1)
         keep = rule.keep(block)
@@ -143,6 +137,17 @@ def sparsify(rows: Rows, rule: EdgeRule | None = None) -> Edges:
         dropped=torch.cat(losses),
         rule=str(rule),
     )
+
+
+def check_weights(block: Tensor, start: int) -> None:
+    """Raise a ValueError that names the first NaN, infinite or negative weight of rows `start ..`."""
+    least, most = block.aminmax()
+    if not (least >= 0 and most < torch.inf):  # NaN is neither
+        row, column = (int(x) for x in (~((block >= 0) & (block < torch.inf))).nonzero()[0])
+        raise ValueError(
+            f"W[{start + row}, {column}] = {float(block[row, column])}; attention weights must be finite and not "
+            "negative (NaN from a model: check its inputs, or load it in float32 or bfloat16)"
+        )
 
 
 def _cap(weight: Tensor, keep: Tensor, cap: int | None) -> Tensor:

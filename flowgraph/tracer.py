@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from flowgraph._version import __version__
-from flowgraph.capture import Layers, capture, documents_of, is_packed
+from flowgraph.capture import Capture, Layers, capture, documents_of, is_packed
 from flowgraph.credit import Credit, credit
+from flowgraph.exact import exact_flow
 from flowgraph.flow import Flow, trace_flow
 from flowgraph.graph import TokenGraph
 from flowgraph.spans import (
@@ -36,6 +37,9 @@ from flowgraph.sparsify import EdgeRule, sparsify
 
 Messages = list[dict[str, Any]]
 
+LONG = 2048
+"""Traces of more tokens are traced in exact mode, unless the user says otherwise."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -44,7 +48,11 @@ class Options:
     Attributes:
         layers: "middle" (third of the softmax layers), "all", or layer numbers.
         preset: "flowgraph": the sinks are the positions that predict the answer; "paper": the answer tokens themselves.
-        edges: the rule that chooses edges; None: all up to 2,048 tokens, above that those over 1/1024.
+        mode: "edges": attention becomes the edges of a graph, and the flow runs through these. "exact": the flow of the
+            whole attention, streamed twice and never stored; the graph lists the edges that carry most of it. "auto":
+            edges up to 2,048 tokens (all of them: nothing is lost) or if `edges` or `solver` is given, else exact.
+        edges: the rule that chooses edges, by attention; in exact mode by the share of the flow that they carry. None:
+            all edges up to 2,048 tokens, above that those over 1/1024; in exact mode the top 32 into each token.
         answer: how to find the answer: "auto", "boxed", "####", "A:", "<answer>", "answer is", a compiled regular
             expression (its group 1, if it has one), or a function from the response to a (start, stop) in it.
         question: "prompt": flow starts at every prompt token; "user": only at what the user wrote (chat messages).
@@ -55,6 +63,7 @@ class Options:
 
     layers: Layers = "middle"
     preset: str = "flowgraph"
+    mode: str = "auto"
     edges: EdgeRule | None = None
     answer: Finder = "auto"
     question: str = "prompt"
@@ -72,8 +81,20 @@ class Options:
     def __post_init__(self) -> None:
         if self.question not in ("prompt", "user"):
             raise ValueError(f'question must be "prompt" or "user", got {self.question!r}')
+        if self.mode not in ("auto", "edges", "exact"):
+            raise ValueError(f'mode must be "auto", "edges" or "exact", got {self.mode!r}')
+        if self.mode == "exact" and self.solver != "auto":
+            raise ValueError(
+                f'mode="exact" has a solver of its own, got solver={self.solver!r}; use mode="edges" for it'
+            )
         if self.edges is not None and not hasattr(self.edges, "keep"):
             raise ValueError(f"edges must be Threshold, TopK, Mass or another rule with keep(), got {self.edges!r}")
+
+    def exact(self, num_tokens: int) -> bool:
+        """Is a trace of this length to be traced in exact mode?"""
+        if self.mode == "auto":
+            return num_tokens > LONG and self.edges is None and self.solver == "auto"
+        return self.mode == "exact"
 
 
 @dataclass(frozen=True)
@@ -221,10 +242,8 @@ class Traces(Sequence[Trace]):
         weights: [B, T] credits in the caller's own layout; 1 at pads and prompts.
     """
 
-    def __init__(
-        self, traces: list[Trace], batch: TokenGraph, flow: Flow, credit: Credit, shape: tuple[int, int]
-    ) -> None:
-        self._traces, self.batch, self.flow, self.credit = traces, batch, flow, credit
+    def __init__(self, traces: list[Trace], flow: Flow, credit: Credit, shape: tuple[int, int]) -> None:
+        self._traces, self.batch, self.flow, self.credit = traces, flow.graph, flow, credit
         self.weights = credit.to_layout([t.row for t in traces], [t.positions for t in traces], shape)
 
     @overload
@@ -364,35 +383,38 @@ class Tracer:
             rows.append(row)
             places.append(positions)
         captured = capture(self.model, input_ids, attention_mask, position_ids, layers=options.layers)
-        graphs = []
-        for row, positions, found in zip(rows, places, spans, strict=True):
-            edges = sparsify(captured.rows(row, positions), options.edges)
-            device = edges.edge_weight.device
-            roles = {name: getattr(found, name).to(device) for name in _ROLES}
-            token_ids = input_ids[row, positions.to(input_ids.device)].to(device)
-            graphs.append(
-                TokenGraph.from_sparse(
-                    edges, token_ids=token_ids, model=captured.model, layers=captured.layers, **roles
-                )
-            )
-        batch = Batch.from_data_list(graphs)
-        flow = trace_flow(batch, options.solver, absorb_at_prompt=options.absorb_at_prompt)
+        flows = self._flows(captured, input_ids, rows, places, spans)
+        flow = Flow.of_batch(flows)
         how = {name: getattr(options, name) for name in ("rule", "top", "gain", "temperature")}
         credits = credit(flow, options.score, **how)
-        traces = [
-            Trace(
-                graph,
-                flow[n],
-                credits[n],
-                spans[n],
-                self._pieces(graph.token_ids),
-                rows[n],
-                places[n],
-                options,
-            )
-            for n, graph in enumerate(graphs)
-        ]
-        return Traces(traces, batch, flow, credits, shape)
+        traces = []
+        for n, (one, credited) in enumerate(zip(flows, credits, strict=True)):
+            text = self._pieces(one.graph.token_ids)
+            traces.append(Trace(one.graph, one, credited, spans[n], text, rows[n], places[n], options))
+        return Traces(traces, flow, credits, shape)
+
+    def _flows(
+        self, captured: Capture, input_ids: Tensor, rows: list[int], places: list[Tensor], spans: list[Spans]
+    ) -> list[Flow]:
+        """The flow through each trace, in the mode that fits it; those by edges are solved together."""
+        options = self.options
+        graphs: dict[int, TokenGraph] = {}
+        flows: dict[int, Flow] = {}
+        for n, (row, positions, found) in enumerate(zip(rows, places, spans, strict=True)):
+            attention = captured.rows(row, positions)
+            roles: dict[str, Any] = {name: getattr(found, name).to(captured.device) for name in _ROLES}
+            roles["token_ids"] = input_ids[row, positions.to(input_ids.device)].to(captured.device)
+            roles |= {"model": captured.model, "layers": captured.layers}
+            if options.exact(len(positions)):
+                absorb = options.absorb_at_prompt
+                flows[n] = exact_flow(attention, absorb_at_prompt=absorb, edges=options.edges, **roles)
+            else:
+                graphs[n] = TokenGraph.from_sparse(sparsify(attention, options.edges), **roles)
+        if graphs:
+            batch = Batch.from_data_list(list(graphs.values()))
+            together = trace_flow(batch, options.solver, absorb_at_prompt=options.absorb_at_prompt)
+            flows |= dict(zip(graphs, together, strict=True))
+        return [flows[n] for n in range(len(rows))]
 
     def _check_window(self, num_tokens: int) -> None:
         window = self.options.max_tokens

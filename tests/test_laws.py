@@ -310,6 +310,15 @@ def test_cuda_equals_the_cpu(graph: TokenGraph) -> None:
         close(getattr(there, name).cpu(), getattr(here, name), rtol=1e-4, atol=1e-30)
 
 
+def test_weights_that_require_grad_are_read_like_any_others() -> None:
+    graph = random_graph(10)
+    expected = trace_flow(graph).flow
+    graph.edge_weight = graph.edge_weight.clone().requires_grad_()
+    for solver in SOLVERS:
+        close(trace_flow(graph, solver).flow, expected, rtol=1e-9)
+        assert not trace_flow(graph, solver).flow.requires_grad
+
+
 def test_solvers_are_used_or_refused() -> None:
     graph = random_graph(10)
     assert trace_flow(graph).solver == "scipy"

@@ -26,6 +26,7 @@ ORDER = (
     "layers",
     "solve",
     "flow",
+    "exact",
     "credit",
     "page",
     "tracer",

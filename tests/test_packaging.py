@@ -54,9 +54,7 @@ def copy_of_checkout(to: Path, *, links: bool) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, to)
     for folder in FOLDERS:
-        shutil.copytree(
-            ROOT / folder, to / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / folder, to / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for link in (to / "flowgraph" / "rl", to / "flowgraph" / "adapters"):
         assert link.is_symlink()
         if not links:
@@ -125,9 +123,7 @@ def test_it_is_the_wheel_that_is_installed(installed: Path, tmp_path: Path) -> N
     places = run(installed / "python", "-c", code, cwd=tmp_path).splitlines()
     assert len(places) == 2
     assert all(Path(place).is_relative_to(installed.parent) for place in places)
-    top = run(
-        installed / "python", "-c", "import importlib.util as u; print(u.find_spec('rl'))", cwd=tmp_path
-    )
+    top = run(installed / "python", "-c", "import importlib.util as u; print(u.find_spec('rl'))", cwd=tmp_path)
     assert top.strip() == "None"
 
 

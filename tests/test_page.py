@@ -197,9 +197,7 @@ def test_a_missing_column_is_named(part: str, key: str) -> None:
 def test_a_short_column_is_named(part: str, key: str) -> None:
     bad = make_trace()
     bad[part][key].pop()
-    with pytest.raises(
-        ValueError, match=rf"traces\[2\]\['{part}'\]\['\w+'\] has \d+ entries, but '\w+' has \d+"
-    ):
+    with pytest.raises(ValueError, match=rf"traces\[2\]\['{part}'\]\['\w+'\] has \d+ entries, but '\w+' has \d+"):
         page.render([make_trace(), make_trace(), bad])
 
 
@@ -281,9 +279,7 @@ class Opener:
         view.on("dialog", lambda dialog: self.troubles.append(dialog.message))
         view.on(
             "request",
-            lambda r: (
-                None if r.url == path.as_uri() or r.url.startswith("data:") else self.troubles.append(r.url)
-            ),
+            lambda r: None if r.url == path.as_uri() or r.url.startswith("data:") else self.troubles.append(r.url),
         )
         view.goto(path.as_uri())
         return view
@@ -341,9 +337,7 @@ def test_hover_shows_the_token_and_its_edges(show: Opener) -> None:
             rows = [e for e in range(len(edges["flow"])) if edges[end][e] == i]
             best = [edges[other][e] for e in sorted(rows, key=lambda e: -edges["flow"][e])[:6]]
             listed = view.locator(f".links.{kind} .at").all_inner_texts()
-            marked = view.locator(f"#text .{kind}").evaluate_all(
-                "(all) => all.map((s) => Number(s.dataset.i))"
-            )
+            marked = view.locator(f"#text .{kind}").evaluate_all("(all) => all.map((s) => Number(s.dataset.i))")
             assert [int(text) for text in listed] == best and marked == sorted(best)
 
 
@@ -387,8 +381,7 @@ def test_the_score_switch_recolours(show: Opener) -> None:
         seen[score] = levels(view)
     assert len({tuple(value) for value in seen.values()}) == 3
     assert seen["Credit"] == [
-        None if not c else "5" if w > 1 else "0"
-        for c, w in zip(tokens["credited"], tokens["weight"], strict=True)
+        None if not c else "5" if w > 1 else "0" for c, w in zip(tokens["credited"], tokens["weight"], strict=True)
     ]
     assert [level is None for level in seen["Throughput"]] == [value == 0 for value in tokens["throughput"]]
     view.locator("label", has_text="Throughput").click()
@@ -468,9 +461,7 @@ def test_hostile_text_is_shown_and_never_runs(show: Opener) -> None:
     assert token(view, 3).text_content() == " 🦆👩‍👩‍👧"
     for place in ("[role=tab] >> nth=0", "#facts", "#flags", "#top", "#summary", "#token .shown"):
         assert HOSTILE in view.locator(place).text_content(), place
-    assert (
-        token(view, 5).text_content() == "evil"
-    )  # an override of the writing direction is drawn, not obeyed
+    assert token(view, 5).text_content() == "evil"  # an override of the writing direction is drawn, not obeyed
     assert token(view, 5).locator("i").get_attribute("data-mark") == "U+202E"
 
 

@@ -112,7 +112,7 @@ def test_options_reach_where_they_belong(model: Any) -> None:
         return tracer.from_ids(ids(), prompt_mask=prompts(), answer_tokens=answers()).weights
 
     plain = weights()
-    assert float(weights(gain=3.0).max()) == 3.0 and int(weights(top=1.0).gt(1).sum()) == 3 * 18
+    assert float(weights(gain=3.0).max()) == 3.0 and int(weights(top=1.0).gt(1).sum()) == 3 * 16
     for options in (
         {"layers": "all"},
         {"preset": "paper"},
