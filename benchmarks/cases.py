@@ -4,7 +4,8 @@ Peaks are the kernel's own high-water mark of resident memory (Linux: /proc/self
 that is measured), so each case gets a process of its own. Times are the median of `repeat` runs after one warm-up.
 
     forward       a plain forward pass, `logits_to_keep=1`: what every other case is compared with
-    credits       FlowGraph end to end: capture, rows, edges, graph, both solves, credit
+    edges         FlowGraph end to end, mode="edges": capture, rows, edges, graph, both solves, credit
+    exact         FlowGraph end to end, mode="exact": capture, two sweeps over the rows, credit
     eager         a forward with `output_attentions=True`: what reading attention costs without FlowGraph
 """
 
@@ -83,12 +84,11 @@ def memory(work: Callable[[], object]) -> int:
 
 
 def measure(case: str, num_tokens: int, repeat: int = 3) -> dict[str, Any]:
-    """Time and peak memory of one case; for credits also of each stage, and of the plain forward beside it."""
+    """Time and peak memory of one case; for "edges" also of each stage, and of the plain forward beside it."""
     model, tokenizer = load(torch.float32)
     ids = reasoning(tokenizer, num_tokens)
     place = torch.arange(num_tokens)[None]
     prompt, sinks = place < PROMPT, place >= num_tokens - ANSWER
-    tracer = Tracer(model)
 
     def forward() -> object:
         with torch.no_grad():
@@ -100,22 +100,22 @@ def measure(case: str, num_tokens: int, repeat: int = 3) -> dict[str, Any]:
             return model(ids, logits_to_keep=1, use_cache=False, output_attentions=True)
 
     def credits() -> object:
-        return tracer.from_ids(ids, prompt_mask=prompt, sink_mask=sinks)
+        return Tracer(model, mode=case).from_ids(ids, prompt_mask=prompt, sink_mask=sinks)
 
-    work = {"forward": forward, "eager": eager, "credits": credits}[case]
+    work = {"forward": forward, "eager": eager, "edges": credits, "exact": credits}[case]
     result: dict[str, Any] = {"case": case, "tokens": num_tokens, "peak_bytes_above_model": memory(work)}
     result["seconds"] = seconds(work, repeat)
     if case != "forward":
         model.set_attn_implementation("sdpa")
         result["forward_seconds"] = seconds(forward, repeat)
         result["time_over_forward"] = result["seconds"] / result["forward_seconds"]
-    if case == "credits":
+    if case == "edges":
         captured = capture(model, ids)
         edges = sparsify(captured.rows(0, place[0]))
         roles = {"prompt_mask": prompt[0], "answer_mask": sinks[0]}
         graph = TokenGraph.from_sparse(edges, **roles)
         flow = trace_flow(graph)
-        result["edges"] = graph.num_edges
+        result["num_edges"] = graph.num_edges
         result["stages"] = {
             "capture": seconds(lambda: capture(model, ids), repeat),
             "rows": seconds(lambda: [None for _ in captured.rows(0, place[0]).blocks()], repeat),

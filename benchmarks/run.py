@@ -23,7 +23,12 @@ from flowgraph import TokenGraph, Tracer, trace_flow
 from flowgraph.smollm2 import load
 
 RESULTS = Path(__file__).parent / "results"
-CASES = [("forward", (1024, 2048, 4096, 8192)), ("credits", (1024, 2048, 4096, 8192)), ("eager", (1024, 2048))]
+CASES = [
+    ("forward", (1024, 2048, 4096, 8192)),
+    ("edges", (1024, 2048, 4096, 8192)),
+    ("exact", (1024, 2048, 4096, 8192)),
+    ("eager", (1024, 2048)),
+]
 
 
 def check_equality(num_tokens: int = 300) -> float:
@@ -72,7 +77,8 @@ def machine() -> dict[str, Any]:
 
 def run_case(case: str, num_tokens: int) -> dict[str, Any]:
     """One case in a process of its own; what killed it, if something did."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks.cases", case, str(num_tokens)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.cases", case, str(num_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"case": case, "tokens": num_tokens, "failed": f"exit {done.returncode}: {done.stderr.strip()[-300:]}"}
     return json.loads(done.stdout.strip().splitlines()[-1])

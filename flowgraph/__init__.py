@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from flowgraph.graph import TokenGraph
     from flowgraph.layers import AnswerReachability, FlowPropagation
     from flowgraph.rows import AttentionRows, DenseRows
-    from flowgraph.sparsify import Edges, Mass, Threshold, TopK, sparsify
     from flowgraph.spans import find_answer, locate
+    from flowgraph.sparsify import Edges, Mass, Threshold, TopK, sparsify
     from flowgraph.tracer import Options, Trace, Tracer, Traces
 
 _HOME = {

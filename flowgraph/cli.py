@@ -375,7 +375,7 @@ class _Loaded:
         prompt_text: Any = record.prompt
         if isinstance(prompt_text, str) and self.chat:
             prompt_text = [{"role": "user", "content": prompt_text}]
-        return self.tracer(prompt_text, record.response)  # type: ignore[arg-type]
+        return self.tracer(prompt_text, record.response)
 
 
 def _load(name: str, options: Options, dtype: str, device: str, chat: bool | None) -> _Loaded:
@@ -420,16 +420,20 @@ def _device(name: str) -> Any:
     return device
 
 
+def _check_model(name: str) -> None:
+    """Refuse a folder that isn't one before anything slow begins."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~"))):
+        raise ValueError(f"--model {name}: there is no such folder")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"--model {name}: the folder has no config.json; save_pretrained of transformers makes one")
+
+
 def _pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(name).expanduser()
-    local = folder.is_dir()
-    if not local and (folder.exists() or name.startswith((".", "/", "~"))):
-        raise ValueError(f"--model {name}: there is no such folder")
-    if local and not (folder / "config.json").is_file():
-        raise ValueError(f"--model {name}: the folder has no config.json; save_pretrained of transformers makes one")
-    place = str(folder) if local else name
+    place = str(folder) if folder.is_dir() else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
         return AutoModelForCausalLM.from_pretrained(place, dtype=dtype), tokenizer
@@ -640,6 +644,7 @@ def trace_command(
     Without colours (NO_COLOR, a pipe) a table of the top tokens stands for
     the heat map.
     """
+    _check_model(model)
     record = _given(prompt, prompt_file, response, response_file, jsonl, line)
     with _hushed(verbose):
         options = _options(
@@ -782,6 +787,7 @@ def score_command(
     from flowgraph.adapters.records import ScoreFile, errors_path, lines, parse
 
     _check_files(source, out, overwrite)
+    _check_model(model)
     with _hushed(verbose):
         options = _options(
             layers=layers, preset=preset, answer=answer, answer_regex=answer_regex, edges=edges,
@@ -937,13 +943,10 @@ def doctor_command(verbose: Verbose = False, traceback: Traceback = False) -> No
     table.add_row("[bold]extras[/]")
     for extra, modules in _EXTRAS.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        have = [f"{module} {_version_of(modules[module])}" for module in modules if module not in missing]
-        advice = [f'pip install "flowgraph-llm[{extra}]"'] if missing else []
-        table.add_row(
-            extra,
-            Text(", ".join([*have, *(f"no {module}" for module in missing)])),
-            Text(" ".join(advice), style="dim"),
-        )
+        parts = [f"{module} {_version_of(modules[module])}" for module in modules if module not in missing]
+        if missing:
+            parts.append(f'no {" and no ".join(missing)}: pip install "flowgraph-llm[{extra}]"')
+        table.add_row(extra, Text(", ".join(parts), style="dim" if missing else ""))
     table.add_row()
     table.add_row("[bold]self-test[/]")
     wrong = 0
@@ -953,7 +956,7 @@ def doctor_command(verbose: Verbose = False, traceback: Traceback = False) -> No
                 good = error <= limit  # False for NaN
                 wrong += not good
                 verdict = Text("OK", style="green") if good else Text("WRONG", style="bold red")
-                table.add_row(f"{device}, {what}", Text(f"differs by {error:.1e}, {limit:.0e} allowed"), verdict)
+                table.add_row(f"{device}, {what}", verdict + Text(f", differs by {error:.1e} of {limit:.0e} allowed"))
     out.print(table)
     out.print()
     if wrong:

@@ -10,8 +10,8 @@ The second sweep reads them first to last and solves for `y = f / h`, the flow p
     y = injection / h + W y (over tokens that are no sinks)               then f = h * y
 
 which is the conserving flow, since P(i -> k) = W[k, i] h(k) / h(i) (docs/method.md, sections 2 to 4). In this sweep
-everything is known that makes an edge matter: `f(i) P(i -> k) = y(i) W[k, i] h(k)` is the flow that it carries. So edges
-are chosen by flow and not by raw attention, and only for looking at: reach and flow don't depend on them.
+everything is known that makes an edge matter: `f(i) P(i -> k) = y(i) W[k, i] h(k)` is the flow that it carries. So
+edges are chosen by flow and not by raw attention, and only for looking at: reach and flow don't depend on them.
 
 Time is twice that of reading the rows once; memory is O(r * N) for blocks of r rows. All sums are float64.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from flowgraph.flow import Flow
 from flowgraph.graph import TokenGraph
 from flowgraph.rows import Rows
-from flowgraph.sparsify import Edges, EdgeRule, TopK, check_weights
+from flowgraph.sparsify import EdgeRule, Edges, TopK, check_weights
 
 SMALLEST = 1e-280
 """Reach below this has lost digits in float64. Attention never comes near; the solvers of `trace_flow` go further."""
@@ -70,14 +70,13 @@ def exact_flow(
     reach = _reach(rows, answer_mask, closed)
     if ((reach > 0) & (reach < SMALLEST)).any() or not bool(torch.isfinite(reach).all()):
         raise ValueError(
-            f"reach runs from {float(reach[reach > 0].min()):.0e} to {float(reach.max()):.0e}, beyond what exact sweeps "
-            "in float64 can hold; build a TokenGraph and call trace_flow, which keeps an exponent for each token"
+            f"reach runs from {float(reach[reach > 0].min()):.0e} to {float(reach.max()):.0e}, beyond what exact "
+            "sweeps in float64 can hold; build a TokenGraph and call trace_flow, which keeps an exponent for each token"
         )
     start = (question_mask & (reach > 0)).double()
     injection = start / start.sum().clamp(min=1)
-    return _Forward(rows, reach, injection, answer_mask, closed, TopK(32) if edges is None else edges).run(
-        prompt_mask=prompt_mask, answer_mask=answer_mask, question_mask=question_mask, **roles
-    )
+    roles |= {"prompt_mask": prompt_mask, "answer_mask": answer_mask, "question_mask": question_mask}
+    return _forward(rows, reach, injection, answer_mask, closed, TopK(32) if edges is None else edges, roles)
 
 
 def _reach(rows: Rows, sinks: Tensor, closed: Tensor) -> Tensor:
@@ -98,73 +97,66 @@ def _reach(rows: Rows, sinks: Tensor, closed: Tensor) -> Tensor:
     return reach
 
 
-class _Forward:
+def _forward(
+    rows: Rows, reach: Tensor, injection: Tensor, sinks: Tensor, closed: Tensor, rule: EdgeRule, roles: dict[str, Any]
+) -> Flow:
     """The ascending sweep: flow, and the edges worth showing."""
+    # y = f / h of tokens that pass flow on; sinks keep what they get, and dead ends get nothing.
+    y = torch.zeros_like(reach)
+    flow, unlisted_in, unlisted_out = torch.zeros_like(reach), torch.zeros_like(reach), torch.zeros_like(reach)
+    per_reach = torch.where(reach > 0, injection / reach.clamp(min=SMALLEST), 0)
+    sources, targets, weights, carried, selves, losses = [], [], [], [], [], []
+    for start, block in rows.blocks():
+        stop = start + len(block)
+        weight = block.double() * ~closed[start:stop, None]
+        passing = ~sinks[start:stop] & (reach[start:stop] > 0)
+        within = -weight[:, start:].tril(-1) * passing
+        known = per_reach[start:stop] + weight[:, :start] @ y[:start]
+        here = torch.linalg.solve_triangular(within, known[:, None], upper=False, unitriangular=True)[:, 0]
+        flow[start:stop] = here * reach[start:stop]
+        y[start:stop] = here * passing
+        weight = weight.tril(start - 1)
+        edge_flow = weight * y[:stop] * reach[start:stop, None]
+        keep = rule.keep(edge_flow)
+        row, source = keep.nonzero(as_tuple=True)
+        sources.append(source)
+        targets.append(row + start)
+        weights.append(block[row, source])
+        carried.append(edge_flow[row, source])
+        hidden = edge_flow.masked_fill(keep, 0)
+        unlisted_in[start:stop] = hidden.sum(-1)
+        unlisted_out[:stop] += hidden.sum(0)
+        selves.append(block.diagonal(start).clone())
+        losses.append(block.tril(start - 1).masked_fill(keep, 0).sum(-1))
+    listed = Edges(
+        edge_index=torch.stack([torch.cat(sources), torch.cat(targets)]),
+        edge_weight=torch.cat(weights),
+        self_weight=torch.cat(selves),
+        dropped=torch.cat(losses),
+        rule=f"by flow: {rule}",
+    )
+    graph = TokenGraph.from_sparse(listed, **roles)
+    edge_flow = torch.cat(carried)
+    passed = (flow * ~sinks)[graph.edge_index[0]]
+    injected, absorbed = injection.sum()[None], (flow * sinks).sum()[None]
 
-    def __init__(
-        self, rows: Rows, reach: Tensor, injection: Tensor, sinks: Tensor, closed: Tensor, rule: EdgeRule
-    ) -> None:
-        self.rows, self.reach, self.injection, self.rule = rows, reach, injection, rule
-        self.sinks, self.closed = sinks, closed
+    def out(values: Tensor) -> Tensor:
+        return values.to(graph.edge_weight.dtype)
 
-    def run(self, **roles: Any) -> Flow:
-        reach, N = self.reach, self.rows.num_tokens
-        # y = f / h of tokens that pass flow on; sinks keep what they get, and dead ends get nothing.
-        y = torch.zeros_like(reach)
-        flow, unlisted_in, unlisted_out = torch.zeros_like(reach), torch.zeros_like(reach), torch.zeros_like(reach)
-        per_reach = torch.where(reach > 0, self.injection / reach.clamp(min=SMALLEST), 0)
-        sources, targets, weights, carried, selves, losses = [], [], [], [], [], []
-        for start, block in self.rows.blocks():
-            stop = start + len(block)
-            weight = block.double() * ~self.closed[start:stop, None]
-            passing = ~self.sinks[start:stop] & (reach[start:stop] > 0)
-            within = -weight[:, start:].tril(-1) * passing
-            known = per_reach[start:stop] + weight[:, :start] @ y[:start]
-            here = torch.linalg.solve_triangular(within, known[:, None], upper=False, unitriangular=True)[:, 0]
-            flow[start:stop] = here * reach[start:stop]
-            y[start:stop] = here * passing
-            weight = weight.tril(start - 1)
-            edge_flow = weight * y[:stop] * reach[start:stop, None]
-            keep = self.rule.keep(edge_flow)
-            row, source = keep.nonzero(as_tuple=True)
-            sources.append(source)
-            targets.append(row + start)
-            weights.append(block[row, source])
-            carried.append(edge_flow[row, source])
-            hidden = edge_flow.masked_fill(keep, 0)
-            unlisted_in[start:stop] = hidden.sum(-1)
-            unlisted_out[:stop] += hidden.sum(0)
-            selves.append(block.diagonal(start).clone())
-            losses.append(block.tril(start - 1).masked_fill(keep, 0).sum(-1))
-        listed = Edges(
-            edge_index=torch.stack([torch.cat(sources), torch.cat(targets)]),
-            edge_weight=torch.cat(weights),
-            self_weight=torch.cat(selves),
-            dropped=torch.cat(losses),
-            rule=f"by flow: {self.rule}",
-        )
-        graph = TokenGraph.from_sparse(listed, **roles)
-        edge_flow = torch.cat(carried)
-        passed = (flow * ~self.sinks)[graph.edge_index[0]]
-        injected, absorbed = self.injection.sum()[None], (flow * self.sinks).sum()[None]
-
-        def out(values: Tensor) -> Tensor:
-            return values.to(graph.edge_weight.dtype)
-
-        return Flow(
-            reach=out(reach),
-            log_reach=out(reach.log()),
-            flow=out(flow),
-            throughput=out(2 * flow),
-            edge_flow=out(edge_flow),
-            transition=out(torch.where(passed > 0, edge_flow / passed, 0)),
-            injection=out(self.injection),
-            injected=out(injected),
-            absorbed=out(absorbed),
-            unabsorbed=out(injected - absorbed),
-            unlisted_inflow=out(unlisted_in),
-            unlisted_outflow=out(unlisted_out),
-            iterations=torch.ones(1, dtype=torch.int64, device=reach.device),
-            solver="exact",
-            graph=graph,
-        )
+    return Flow(
+        reach=out(reach),
+        log_reach=out(reach.log()),
+        flow=out(flow),
+        throughput=out(2 * flow),
+        edge_flow=out(edge_flow),
+        transition=out(torch.where(passed > 0, edge_flow / passed, 0)),
+        injection=out(injection),
+        injected=out(injected),
+        absorbed=out(absorbed),
+        unabsorbed=out(injected - absorbed),
+        unlisted_inflow=out(unlisted_in),
+        unlisted_outflow=out(unlisted_out),
+        iterations=torch.ones(1, dtype=torch.int64, device=reach.device),
+        solver="exact",
+        graph=graph,
+    )

@@ -110,7 +110,7 @@ def test_nan_is_named() -> None:
 T = 40
 
 
-def inputs() -> dict[str, Tensor]:
+def inputs() -> dict[str, Any]:
     place = torch.arange(T).expand(2, T)
     ids = torch.randint(3, VOCABULARY, (2, T), generator=torch.Generator().manual_seed(5))
     return {"input_ids": ids, "prompt_mask": place < 12, "answer_tokens": (place >= 35) & (place < 37)}
