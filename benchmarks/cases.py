@@ -83,8 +83,9 @@ def memory(work: Callable[[], object]) -> int:
     return peak() - before
 
 
-def measure(case: str, num_tokens: int, repeat: int = 3) -> dict[str, Any]:
+def measure(case: str, num_tokens: int) -> dict[str, Any]:
     """Time and peak memory of one case; for "edges" also of each stage, and of the plain forward beside it."""
+    repeat = 3 if num_tokens <= 2048 else 1
     model, tokenizer = load(torch.float32)
     ids = reasoning(tokenizer, num_tokens)
     place = torch.arange(num_tokens)[None]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flowgraph._version import __version__
 
 if TYPE_CHECKING:
+    from flowgraph.answers import find_answer
     from flowgraph.capture import Capture, capture
     from flowgraph.credit import Credit, credit, weights_from_scores
     from flowgraph.exact import exact_flow
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from flowgraph.graph import TokenGraph
     from flowgraph.layers import AnswerReachability, FlowPropagation
     from flowgraph.rows import AttentionRows, DenseRows
-    from flowgraph.spans import find_answer, locate
+    from flowgraph.spans import locate
     from flowgraph.sparsify import Edges, Mass, Threshold, TopK, sparsify
     from flowgraph.tracer import Options, Trace, Tracer, Traces
 
 _HOME = {
+    "answers": ("find_answer",),
     "capture": ("Capture", "capture"),
     "credit": ("Credit", "credit", "weights_from_scores"),
     "exact": ("exact_flow",),
@@ -35,7 +37,7 @@ _HOME = {
     "layers": ("AnswerReachability", "FlowPropagation"),
     "rows": ("AttentionRows", "DenseRows"),
     "sparsify": ("Edges", "Mass", "Threshold", "TopK", "sparsify"),
-    "spans": ("find_answer", "locate"),
+    "spans": ("locate",),
     "tracer": ("Options", "Trace", "Tracer", "Traces"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -126,8 +126,8 @@ class Credit:
         weights: [N] what to multiply a token's loss with; 1 outside `mask`.
         scores: [N] the throughput or reach that they come from.
         mask: [N] bool, the tokens that could get credit (the graphs' `credit_mask`).
-        flags: one tuple per graph: "no_answer" (it has no sinks), "no_flow" (it has, but no flow passes any token of the mask).
-            Either way the weights of that graph are uniform.
+        flags: one tuple per graph: "no_answer" (it has no sinks) or "no_flow" (it has, but no flow passes any token of
+            the mask). Either way the weights of that graph are uniform.
         ptr: [B + 1] where each graph begins.
     """
 
@@ -204,8 +204,7 @@ def credit(
     def none_of(what: Tensor) -> list[bool]:
         return (to_dense_batch(what, batch, **sizes)[0].sum(-1) == 0).tolist()
 
-    no_answer, no_flow = none_of(graph.answer_mask), none_of((scores > 0) & mask)
-    flags = [
-        ("no_answer",) if blind else ("no_flow",) if dry else () for blind, dry in zip(no_answer, no_flow, strict=True)
-    ]
+    flags: list[tuple[str, ...]] = []
+    for blind, dry in zip(none_of(graph.answer_mask), none_of((scores > 0) & mask), strict=True):
+        flags.append(("no_answer",) if blind else ("no_flow",) if dry else ())
     return Credit(weights, scores, mask, flags, ptr)

@@ -133,8 +133,8 @@ class AttentionRows:
         """[r, stop] attention of one layer, added up over its heads."""
         r, (H, _, D), K = stop - start, layer.query.shape, key.shape[0]
         # Query heads that share a key head become rows of one product: the keys are never repeated.
-        query = layer.query[:, start:stop].to(self._dtype).reshape(K, H // K * r, D)
-        scores = torch.matmul(query, key[:, :, :stop]).mul_(layer.scaling).view(H, r, stop)
+        query = layer.query[:, start:stop].to(self._dtype).reshape(K, H // K * r, D) * layer.scaling
+        scores = torch.matmul(query, key[:, :, :stop]).view(H, r, stop)
         if layer.softcap is not None:
             scores = scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
         # Everything before the block is in the past: only the square at its end needs the causal mask.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from flowgraph._version import __version__
+from flowgraph.answers import Finder
 from flowgraph.capture import Capture, Layers, capture, documents_of, is_packed
 from flowgraph.credit import Credit, credit
 from flowgraph.exact import exact_flow
@@ -25,7 +26,6 @@ from flowgraph.flow import Flow, trace_flow
 from flowgraph.graph import TokenGraph
 from flowgraph.spans import (
     Encoded,
-    Finder,
     Spans,
     encode_messages,
     encode_text,

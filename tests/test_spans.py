@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import string
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +14,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from flowgraph import smollm2
+from flowgraph.answers import FINDERS, find_answer
 from flowgraph.spans import (
-    FINDERS,
     PRESETS,
     encode_messages,
     encode_text,
-    find_answer,
     locate,
     question_of_messages,
     sinks_of,
@@ -28,7 +27,6 @@ from flowgraph.spans import (
     tokens_of,
 )
 
-SMOLLM2 = Path.home() / ".cache/flowgraph/SmolLM2-135M-Instruct"
 CHATML = (
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -79,17 +77,13 @@ def metaspace() -> PreTrainedTokenizerFast:
     ]
     for left, right in merges:
         vocab[left + right] = len(vocab)
-    core = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def wordpiece() -> PreTrainedTokenizerFast:
@@ -111,9 +105,7 @@ BUILT = {"byte_level": byte_level, "metaspace": metaspace, "wordpiece": wordpiec
 def load(name: str) -> Any:
     if name != "smollm2":
         return BUILT[name]()
-    if not (SMOLLM2 / "tokenizer.json").exists():
-        pytest.skip("no SmolLM2 in the cache folder: real-tokenizer tests need it")
-    return AutoTokenizer.from_pretrained(SMOLLM2)
+    return AutoTokenizer.from_pretrained(smollm2.folder(), local_files_only=True)
 
 
 @pytest.fixture(scope="session", params=["smollm2", *BUILT])
@@ -490,9 +482,7 @@ def _letter(byte: int) -> str:
     return chr(byte) if byte in plain else chr(256 + sum(1 for x in range(byte) if x not in plain))
 
 
-@pytest.mark.parametrize(
-    "kind", ["words", "emoji", "lone bytes", "lead bytes", "broken at the end", "cut emoji"]
-)
+@pytest.mark.parametrize("kind", ["words", "emoji", "lone bytes", "lead bytes", "broken at the end", "cut emoji"])
 @pytest.mark.parametrize("build", [byte_level, metaspace])
 def test_offsets_take_linear_work(build: Any, kind: str) -> None:
     tokenizer = build()
@@ -734,9 +724,7 @@ def test_the_end_of_a_turn_is_no_part_of_the_answer(chat: Any, marker: str) -> N
     assert spans.answer_text == "4"
     whole = locate(encoded.token_ids, encoded.prompt_mask, tokenizer=chat)  # with the blank after the turn
     assert whole.answer_text == "4"
-    own = locate(
-        encoded.token_ids, encoded.prompt_mask, tokenizer=chat, answer=re.compile("(?:####|A:|is) (.*)")
-    )
+    own = locate(encoded.token_ids, encoded.prompt_mask, tokenizer=chat, answer=re.compile("(?:####|A:|is) (.*)"))
     assert own.answer_text == "4"
     end = locate(encoded.token_ids, encoded.prompt_mask, tokenizer=chat, answer=re.compile(r"<\|im_end\|>"))
     assert end.answer_text == "<|im_end|>" and int(end.answer_tokens.sum()) == 1
@@ -766,18 +754,14 @@ def test_holes_are_not_searched_and_break_lines(small: Any) -> None:
     assert not (spans.credit_mask & tool).any()
     masked = locate(token_ids, prompt, tokenizer=small, tool_mask=tool)
     assert masked.answer_tokens.equal(spans.answer_tokens) and masked.credit_mask.equal(spans.credit_mask)
-    first = locate(
-        token_ids, prompt, response, tokenizer=small, answer=lambda t: (t.index("12"), t.index("12") + 2)
-    )
+    first = locate(token_ids, prompt, response, tokenizer=small, answer=lambda t: (t.index("12"), t.index("12") + 2))
     assert first.answer_text == "12"
     assert decoded(small, token_ids[first.answer_tokens].tolist()).strip() == "12"
     line = locate(token_ids, prompt, response, tokenizer=small, answer=re.compile("####(.*?)so", re.DOTALL))
     assert line.answer_text == " 12\n34 "  # over the hole, without it
     assert not (line.answer_tokens & tool).any()
     with pytest.raises(ValueError, match="which no token holds"):
-        locate(
-            token_ids, prompt, response, tokenizer=small, answer=lambda t: (t.index("\n"), t.index("\n") + 1)
-        )
+        locate(token_ids, prompt, response, tokenizer=small, answer=lambda t: (t.index("\n"), t.index("\n") + 1))
 
 
 IDS = torch.arange(8)

@@ -1,0 +1,226 @@
+"""The options that `trace` and `score` share, and what they stand for: the tracer's `Options`, a device, a model.
+
+An option that sets a field of `Options` has the field's name; `tracer_options` collects them. Values are checked
+here or by the library before a model is loaded, so that wrong usage is known at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flowgraph.terminal import reason, say
+
+if TYPE_CHECKING:
+    from flowgraph.tracer import Options, Tracer
+
+INPUT, MODEL, METHOD, CREDIT, FINE, OUTPUT = (
+    "What to trace", "Model", "Graph and flow", "Credit", "Fine tuning", "Output",
+)  # fmt: skip
+SOLVERS = ("auto", "scatter", "scipy", "reference")
+FINDERS = ("auto", "boxed", "####", "A:", "<answer>", "answer is")
+RULES = ("top", "proportional", "rank", "softmax")
+
+
+# ------------------------------------------------------------------------- values
+
+
+def _parse_layers(text: str) -> Any:
+    if text in ("middle", "all"):
+        return text
+    if not re.fullmatch(r"\d{1,6}(,\d{1,6})*", text):
+        raise typer.BadParameter(f"{text!r} is not middle, all, or layer numbers like 10,11,12")
+    return [int(number) for number in text.split(",")]
+
+
+def _parse_edges(text: str) -> tuple[str, float]:
+    """The name of a rule of flowgraph.sparsify, and its number; ("auto", 0) for none."""
+    try:
+        if text in ("auto", "all"):
+            return ("auto" if text == "auto" else "Threshold"), 0
+        if text.startswith("top:"):
+            return "TopK", int(text[4:])
+        if text.startswith("mass:"):
+            return "Mass", float(text[5:])
+        above, _, below = text.partition("/")
+        return "Threshold", float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(f"{text!r} is not auto, all, a threshold like 1/1024, top:32 or mass:0.9") from None
+
+
+def _parse_pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise typer.BadParameter(f"{text!r} is no regular expression: {error}") from None
+
+
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+# ------------------------------------------------------------------------- options
+
+
+def option(panel: str, name: str, help: str, metavar: str | None = None, **more: Any) -> Any:
+    """A `typer.Option`; `name` may hold several, with blanks between: "--model -m"."""
+    return typer.Option(*name.split(), help=help, metavar=metavar, rich_help_panel=panel, **more)
+
+
+def _choice(panel: str, name: str, choices: Sequence[str], help: str) -> Any:
+    # A parser in place of an Enum: values hold "####" and the like.
+    return option(panel, name, help, "NAME", parser=_one_of(choices))
+
+
+_MODEL = "Folder or hub name of a causal language model, or smollm2, the small one of the demo."
+_DTYPE = "Of its weights: float32, bfloat16, or auto: float32 on the CPU and as stored elsewhere."
+_DEVICE = "cpu, cuda, cuda:1, mps, or auto: CUDA where there is one, else the CPU."
+_CHAT = "Give the prompt as a user message to the chat template, or as it is."
+Model = Annotated[str, option(MODEL, "--model -m", _MODEL, "MODEL")]
+Dtype = Annotated[str, _choice(MODEL, "--dtype", ("auto", "float32", "bfloat16"), _DTYPE)]
+Device = Annotated[str, option(MODEL, "--device", _DEVICE, "NAME")]
+Chat = Annotated[
+    bool | None, option(MODEL, "--chat/--no-chat", _CHAT, show_default="chat if there is a template")
+]
+
+_LAYERS = "Layers whose attention counts: middle (third), all, or numbers like 10,11,12."
+_PRESET = "Where flow ends: at the tokens that predict the answer (flowgraph) or at its own (paper)."
+_MODE = (
+    "edges: attention becomes edges, and flow runs through these. exact: the flow of the whole attention, which is "
+    "streamed and never stored. auto: edges up to 2,048 tokens, or if --edges or --solver is given; else exact."
+)
+_EDGES = (
+    "Which attention weights become edges: all, those over a threshold like 1/1024, the top:32 or the mass:0.9 of "
+    "each token. auto is all up to 2,048 tokens, above that 1/1024. In mode exact the rule chooses by the flow that "
+    "an edge carries, only to list it, and auto is top:32."
+)
+_FINDER = "How the answer is found: auto (the first that finds one), boxed, ####, A:, <answer>, answer is."
+_REGEX = "Find it with a regular expression: its group 1, if it has one."
+_QUESTION = "Where flow starts: at every token of the prompt, or only at what the user wrote (chat messages)."
+Layers = Annotated[Any, option(METHOD, "--layers", _LAYERS, "WHICH", parser=_parse_layers)]
+Preset = Annotated[str, _choice(METHOD, "--preset", ("flowgraph", "paper"), _PRESET)]
+Mode = Annotated[str, _choice(METHOD, "--mode", ("auto", "edges", "exact"), _MODE)]
+Edges = Annotated[Any, option(METHOD, "--edges", _EDGES, "RULE", parser=_parse_edges)]
+Answer = Annotated[str, _choice(METHOD, "--answer", FINDERS, _FINDER)]
+AnswerRegex = Annotated[Any, option(METHOD, "--answer-regex", _REGEX, "REGEX", parser=_parse_pattern)]
+Question = Annotated[str, _choice(METHOD, "--question", ("prompt", "user"), _QUESTION)]
+
+_SCORE = "What tokens are ranked by: throughput or reach."
+_RULE = "How scores become weights: top, proportional, rank, softmax."
+Score = Annotated[str, _choice(CREDIT, "--score", ("throughput", "reach"), _SCORE)]
+Rule = Annotated[str, _choice(CREDIT, "--rule", RULES, _RULE)]
+Top = Annotated[float, option(CREDIT, "--top", "Share of the tokens that the rule top picks.", "SHARE")]
+Gain = Annotated[float, option(CREDIT, "--gain", "The highest weight; 1 is neutral.", "WEIGHT")]
+
+_NO_ANSWER = "Where none is found: every weight stays 1 (uniform), or the last tokens stand for it (tail)."
+_MAX_TOKENS = "Refuse longer traces. Default: what the model says it can see."
+_SOLVER = "Of mode edges: scatter, scipy, reference (dense), or auto: scipy on the CPU and scatter elsewhere."
+_ABSORB = "Flow leaves the prompt at once and never runs within it."
+_TEMPERATURE = "Of the rule softmax: the lower, the fewer tokens get much."
+NoAnswer = Annotated[str, _choice(FINE, "--no-answer", ("uniform", "tail"), _NO_ANSWER)]
+TailTokens = Annotated[int, option(FINE, "--tail-tokens", "How many that are.", "N", min=1)]
+MaxTokens = Annotated[int | None, option(FINE, "--max-tokens", _MAX_TOKENS, "N", min=2)]
+Solver = Annotated[str, _choice(FINE, "--solver", SOLVERS, _SOLVER)]
+AbsorbAtPrompt = Annotated[bool, option(FINE, "--absorb-at-prompt", _ABSORB)]
+Temperature = Annotated[float, option(FINE, "--temperature", _TEMPERATURE, "T")]
+
+_TRACEBACK = "Show where in the code an error came up (or set FLOWGRAPH_TRACEBACK=1)."
+Verbose = Annotated[bool, option(OUTPUT, "--verbose -v", "Show what transformers and torch have to say.")]
+Traceback = Annotated[
+    bool, option(OUTPUT, "--traceback", _TRACEBACK, envvar="FLOWGRAPH_TRACEBACK", show_envvar=False)
+]
+
+
+# ------------------------------------------------------------------------- what they stand for
+
+
+def tracer_options(given: Mapping[str, Any]) -> Options:
+    """The tracer's options out of a command's parameters; what the library refuses in them is wrong usage."""
+    import torch
+
+    from flowgraph.credit import weights_from_scores
+    from flowgraph.sparsify import Mass, Threshold, TopK
+    from flowgraph.tracer import Options
+
+    values = {field.name: given[field.name] for field in fields(Options)}
+    if given["answer_regex"] is not None:
+        values["answer"] = given["answer_regex"]
+    rule, number = values["edges"]
+    rules: dict[str, Any] = {"Threshold": Threshold, "TopK": TopK, "Mass": Mass}
+    how = {name: values[name] for name in ("rule", "top", "gain", "temperature")}
+    try:
+        values["edges"] = None if rule == "auto" else rules[rule](number)
+        weights_from_scores(torch.ones(1), torch.ones(1, dtype=torch.bool), **how)
+        return Options(**values)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def check_model(name: str) -> None:
+    """Refuse a folder that isn't one before anything slow begins."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~"))):
+        raise ValueError(f"--model {name}: there is no such folder")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"--model {name}: the folder has no config.json; save_pretrained of transformers makes one")
+
+
+def load(name: str, options: Options, dtype: str, device: str, chat: bool | None) -> tuple[Tracer, bool]:
+    """A tracer, tried out on two tokens (what fails there would fail on every trace), and whether prompts are chat."""
+    import torch
+
+    from flowgraph.tracer import Tracer
+
+    where = _device(device)
+    stored = dtype == "auto" and where.type != "cpu"
+    wanted = "auto" if stored else torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    if name == "smollm2":
+        from flowgraph import smollm2
+
+        model, tokenizer = smollm2.load(torch.bfloat16 if stored else wanted, say=say)
+    else:
+        model, tokenizer = _pretrained(name, wanted)
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise ValueError(f"the tokenizer of {name} has no chat template; leave --chat out, or use --no-chat")
+    model = model.eval().to(where)
+    first = torch.tensor([[True, False]])
+    Tracer(model, **vars(options)).from_ids(first.long(), prompt_mask=first, sink_mask=~first)
+    return Tracer(model, tokenizer, **vars(options)), has_template if chat is None else chat
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise typer.BadParameter(f"--device {name!r}: use auto, cpu, cuda, cuda:1 or mps") from None
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= found.get(device.type, 0):
+        raise ValueError(f"there is no device {name} here; flowgraph doctor lists what there is")
+    return device
+
+
+def _pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(name).expanduser()
+    place = str(folder) if folder.is_dir() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype), tokenizer
+    except Exception as error:
+        raise RuntimeError(f"--model {name} cannot be loaded: {reason(error)}") from error

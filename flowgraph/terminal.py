@@ -1,0 +1,240 @@
+"""What the command line shows: a trace on stdout; messages, progress and errors on stderr.
+
+Text of a model or a file passes through `clean` or `visible` before it is shown: it may hold anything, escape
+sequences too. Where there are no colours (NO_COLOR, a pipe), a table of the top tokens stands for the heat map.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from flowgraph.tracer import Trace
+
+# ------------------------------------------------------------------------- text and messages
+
+
+def clean(text: str) -> str:
+    """Without what a terminal would obey: escape sequences, and marks that turn the direction of writing."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "\N{REPLACEMENT CHARACTER}"
+        for c in text
+    )
+
+
+def visible(text: str, edges: bool = False) -> str:
+    """Clean and on one line; with `edges`, blanks at its ends are marked."""
+    text = clean(text).replace("\n", "↵").replace("\t", "⇥")
+    return re.sub("^ +| +$", lambda blanks: "␣" * len(blanks[0]), text) if edges else text
+
+
+def reason(error: BaseException) -> str:
+    """An exception as one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    elif not isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError):
+        text = f"{type(error).__name__}: {text} (--traceback shows where)"
+    elif not text:
+        text = type(error).__name__
+    return text if len(text) <= 1000 else text[:1000] + " ..."
+
+
+def stdout() -> Console:
+    """For results."""
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    """For everything else."""
+    return Console(stderr=True, highlight=False)
+
+
+def tell(message: str, style: str = "") -> None:
+    """One line of a result."""
+    stdout().print(Text(clean(message), style=style), soft_wrap=True)
+
+
+def say(message: str, style: str = "dim") -> None:
+    """One line about what goes on."""
+    stderr().print(Text(clean(message), style=style), soft_wrap=True)
+
+
+def complain(message: str) -> None:
+    """One line about what went wrong."""
+    stderr().print(Text("error: ", style="bold red") + Text(clean(message)), soft_wrap=True)
+
+
+# ------------------------------------------------------------------------- while something runs
+
+
+@contextmanager
+def hushed(verbose: bool) -> Iterator[None]:
+    """Keeps transformers' bars and everyone's warnings off the terminal."""
+    if verbose:
+        yield
+        return
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def status(message: str, quiet: bool) -> Iterator[None]:
+    """Something turns beside the message, on a terminal."""
+    err = stderr()
+    if quiet or not err.is_terminal:
+        yield
+    else:
+        with err.status(Text(message)):
+            yield
+
+
+@contextmanager
+def progress(total: int, state: object, quiet: bool, every: float = 60) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with how much of `total` has just been done.
+
+    Shows `str(state)` beside a bar on a terminal, and in a line each `every` seconds in a log.
+    """
+    err = stderr()
+    if err.is_terminal and not quiet:
+        percent, now = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}")
+        with Progress(BarColumn(), percent, now, TimeRemainingColumn(), console=err, transient=True) as bar:
+            task = bar.add_task(str(state), total=total)
+            yield lambda size: bar.update(task, advance=size, description=str(state))
+        return
+    said = time.perf_counter()
+
+    def advance(size: int) -> None:
+        nonlocal said
+        if not quiet and time.perf_counter() - said >= every:
+            said = time.perf_counter()
+            say(str(state))
+
+    yield advance
+
+
+# ------------------------------------------------------------------------- a trace
+
+FLAGS = {
+    "no_answer": "no answer was found; --answer-regex says how to find it, --no-answer what to do without one",
+    "tail_answer": "the last tokens of the response stand for the answer",
+    "cut_off": "the response seems to be cut off before its end",
+    "several_answers": "several answers were found; the last one counts",
+    "no_flow": "no flow passes a token that could get credit, so every weight is 1",
+}
+
+# From cold to hot, each readable on dark and on light terminals.
+SHADES = ("#ffffff on #3b6fb5", "#000000 on #6bb3ad", "#000000 on #e3cf57", "#000000 on #f0923b", "#ffffff on #c92a1e")
+SHADES_OF_16 = ("white on blue", "black on cyan", "black on green", "black on yellow", "white on red")
+ANSWER, PROMPT = "bold underline green", "dim"
+SHOWN_PROMPT = 300  # tokens; of a longer prompt, the middle is left out
+
+
+def show(trace: Trace, seconds: float | None = None) -> None:
+    """Heat map (where there are colours), facts, flags and top tokens, to stdout."""
+    out = stdout()
+    coloured = out.color_system is not None and not out.no_color
+    if coloured:
+        shades = SHADES_OF_16 if out.color_system in ("standard", "windows") else SHADES
+        out.print(_heat_map(trace, shades))
+        out.print(_legend(trace.options.score, shades))
+        out.print()
+    out.print(_facts(trace, seconds), soft_wrap=True)
+    for flag in trace.flags:
+        out.print(Text(f"{flag}: ", style="bold yellow") + Text(FLAGS[flag]), soft_wrap=True)
+    table = _top_tokens(trace, coloured)
+    if table.row_count:
+        out.print()
+        out.print(table)
+
+
+def _heat_map(trace: Trace, shades: Sequence[str]) -> Text:
+    scores = trace.credit.scores
+    passed = (trace.credit.mask & (scores > 0)).nonzero().flatten()
+    ranked = passed[scores[passed].argsort(stable=True)].tolist()
+    shade = {token: shades[rank * len(shades) // len(ranked)] for rank, token in enumerate(ranked)}
+    prompt = trace.graph.prompt_mask.nonzero().flatten().tolist()
+    hidden = prompt[SHOWN_PROMPT // 3 : -(SHOWN_PROMPT * 2 // 3)] if len(prompt) > SHOWN_PROMPT else []
+    style = dict.fromkeys(trace.spans.answer_tokens.nonzero().flatten().tolist(), ANSWER)
+    style |= dict.fromkeys((~trace.graph.response_mask).nonzero().flatten().tolist(), PROMPT)
+    text = Text()
+    for token, piece in enumerate(trace.text or []):
+        if token in shade:
+            # A line break carries flow like any token: give its shade something to be seen on.
+            text.append(clean(piece).replace("\n", "↵\n"), style=shade[token])
+        elif not hidden or not hidden[0] <= token <= hidden[-1]:
+            text.append(clean(piece), style=style.get(token))
+        elif token == hidden[0]:
+            text.append(f" ... {len(hidden):,} tokens ... ", style="dim italic")
+    text.rstrip()
+    return text
+
+
+def _legend(score: str, shades: Sequence[str]) -> Text:
+    scale = [("  ", shade) for shade in shades]
+    return Text.assemble(
+        f"{score} in this response: low ", *scale, " high   ", ("answer", ANSWER), "   ", ("prompt", PROMPT)
+    )
+
+
+def _facts(trace: Trace, seconds: float | None) -> Text:
+    facts, graph = trace.summary(), trace.graph
+    first, last = graph.layers[0], graph.layers[-1]
+    in_a_row = first < last and graph.layers == list(range(first, last + 1))
+    parts = [
+        Path(graph.model).name,
+        "layers " + (f"{first}-{last}" if in_a_row else ",".join(map(str, graph.layers))),
+        f"{facts['prompt_tokens']:,} prompt + {facts['response_tokens']:,} response tokens",
+        f"{facts['edges']:,} edges ({graph.rule})",
+        "no answer" if trace.answer is None else f'answer "{visible(trace.answer)}" ({trace.spans.finder})',
+        f"{facts['credited']:,} tokens credited",
+        f"solver {trace.flow.solver}",
+        *([] if seconds is None else [f"{seconds:.1f} s"]),
+    ]
+    return Text(clean(" | ".join(parts)), style="bold")
+
+
+def _top_tokens(trace: Trace, coloured: bool, count: int = 10) -> Table:
+    score_name = trace.options.score
+    table = Table(
+        title=f"Top tokens by {score_name}", title_style="bold", title_justify="left", box=None, pad_edge=False
+    )
+    table.add_column("token", no_wrap=True)
+    for name in ("at", score_name, "weight"):
+        table.add_column(name, justify="right")
+    table.add_column("in its context", no_wrap=True, overflow="ellipsis")
+    pieces = trace.text or []
+    for token, piece, score in trace.top(count):
+        if score <= 0:
+            break
+        context = Text.assemble(
+            (visible("".join(pieces[max(0, token - 8) : token]))[-24:], "dim"),
+            (visible(piece) if coloured else f"»{visible(piece)}«", "bold reverse"),
+            (visible("".join(pieces[token + 1 : token + 9]))[:24], "dim"),
+        )
+        weight = float(trace.weights[token])
+        table.add_row(Text(visible(piece, edges=True)), str(token), f"{score:.4g}", f"{weight:.3g}", context)
+    return table
