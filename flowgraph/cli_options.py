@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowgraph.terminal import reason, say
+from flowgraph.terminal import reason, say, status
 
 if TYPE_CHECKING:
     from flowgraph.tracer import Options, Tracer
@@ -89,9 +89,7 @@ _CHAT = "Give the prompt as a user message to the chat template, or as it is."
 Model = Annotated[str, option(MODEL, "--model -m", _MODEL, "MODEL")]
 Dtype = Annotated[str, _choice(MODEL, "--dtype", ("auto", "float32", "bfloat16"), _DTYPE)]
 Device = Annotated[str, option(MODEL, "--device", _DEVICE, "NAME")]
-Chat = Annotated[
-    bool | None, option(MODEL, "--chat/--no-chat", _CHAT, show_default="chat if there is a template")
-]
+Chat = Annotated[bool | None, option(MODEL, "--chat/--no-chat", _CHAT, show_default="chat if there is a template")]
 
 _LAYERS = "Layers whose attention counts: middle (third), all, or numbers like 10,11,12."
 _PRESET = "Where flow ends: at the tokens that predict the answer (flowgraph) or at its own (paper)."
@@ -106,7 +104,7 @@ _EDGES = (
 )
 _FINDER = "How the answer is found: auto (the first that finds one), boxed, ####, A:, <answer>, answer is."
 _REGEX = "Find it with a regular expression: its group 1, if it has one."
-_QUESTION = "Where flow starts: at every token of the prompt, or only at what the user wrote (chat messages)."
+_QUESTION = "Where flow starts: at every token of the prompt (prompt), or of what the user wrote in it as chat (user)."
 Layers = Annotated[Any, option(METHOD, "--layers", _LAYERS, "WHICH", parser=_parse_layers)]
 Preset = Annotated[str, _choice(METHOD, "--preset", ("flowgraph", "paper"), _PRESET)]
 Mode = Annotated[str, _choice(METHOD, "--mode", ("auto", "edges", "exact"), _MODE)]
@@ -136,9 +134,7 @@ Temperature = Annotated[float, option(FINE, "--temperature", _TEMPERATURE, "T")]
 
 _TRACEBACK = "Show where in the code an error came up (or set FLOWGRAPH_TRACEBACK=1)."
 Verbose = Annotated[bool, option(OUTPUT, "--verbose -v", "Show what transformers and torch have to say.")]
-Traceback = Annotated[
-    bool, option(OUTPUT, "--traceback", _TRACEBACK, envvar="FLOWGRAPH_TRACEBACK", show_envvar=False)
-]
+Traceback = Annotated[bool, option(OUTPUT, "--traceback", _TRACEBACK, envvar="FLOWGRAPH_TRACEBACK", show_envvar=False)]
 
 
 # ------------------------------------------------------------------------- what they stand for
@@ -166,37 +162,36 @@ def tracer_options(given: Mapping[str, Any]) -> Options:
         raise typer.BadParameter(str(error)) from error
 
 
-def check_model(name: str) -> None:
+def load(given: Mapping[str, Any]) -> tuple[Tracer, bool]:
+    """A tracer as a command's parameters have it, and whether a prompt in text form is a chat message.
+
+    It has been tried out on two tokens: what fails there would fail on every trace.
+    """
+    name, chat = given["model"], given["chat"]
+    _check_model(name)
+    options = tracer_options(given)
+    device = _device(given["device"])
+    with status(f"Loading {name}", given["quiet"]):
+        import torch
+
+        from flowgraph.tracer import Tracer
+
+        model, tokenizer = _model(name, given["dtype"], device)
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if chat and not has_template:
+            raise ValueError(f"the tokenizer of {name} has no chat template; leave --chat out, or use --no-chat")
+        first = torch.tensor([[True, False]])
+        Tracer(model, **vars(options)).from_ids(first.long(), prompt_mask=first, sink_mask=~first)
+    return Tracer(model, tokenizer, **vars(options)), has_template if chat is None else chat
+
+
+def _check_model(name: str) -> None:
     """Refuse a folder that isn't one before anything slow begins."""
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.exists() or name.startswith((".", "/", "~"))):
         raise ValueError(f"--model {name}: there is no such folder")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"--model {name}: the folder has no config.json; save_pretrained of transformers makes one")
-
-
-def load(name: str, options: Options, dtype: str, device: str, chat: bool | None) -> tuple[Tracer, bool]:
-    """A tracer, tried out on two tokens (what fails there would fail on every trace), and whether prompts are chat."""
-    import torch
-
-    from flowgraph.tracer import Tracer
-
-    where = _device(device)
-    stored = dtype == "auto" and where.type != "cpu"
-    wanted = "auto" if stored else torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    if name == "smollm2":
-        from flowgraph import smollm2
-
-        model, tokenizer = smollm2.load(torch.bfloat16 if stored else wanted, say=say)
-    else:
-        model, tokenizer = _pretrained(name, wanted)
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat and not has_template:
-        raise ValueError(f"the tokenizer of {name} has no chat template; leave --chat out, or use --no-chat")
-    model = model.eval().to(where)
-    first = torch.tensor([[True, False]])
-    Tracer(model, **vars(options)).from_ids(first.long(), prompt_mask=first, sink_mask=~first)
-    return Tracer(model, tokenizer, **vars(options)), has_template if chat is None else chat
 
 
 def _device(name: str) -> Any:
@@ -214,13 +209,24 @@ def _device(name: str) -> Any:
     return device
 
 
-def _pretrained(name: str, dtype: Any) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _model(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
+    """The model, ready to be used, and its tokenizer."""
+    import torch
 
-    folder = Path(name).expanduser()
-    place = str(folder) if folder.is_dir() else name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype), tokenizer
-    except Exception as error:
-        raise RuntimeError(f"--model {name} cannot be loaded: {reason(error)}") from error
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "stored"
+    if name == "smollm2":
+        from flowgraph import smollm2
+
+        model, tokenizer = smollm2.load(torch.float32 if dtype == "float32" else torch.bfloat16, say=say)
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = Path(name).expanduser()
+        place = str(folder) if folder.is_dir() else name
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            model = AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype == "stored" else dtype)
+        except Exception as error:
+            raise RuntimeError(f"--model {name} cannot be loaded: {reason(error)}") from error
+    return model.eval().to(device), tokenizer

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -106,7 +107,7 @@ def self_test(device: str) -> Iterator[tuple[str, float, float]]:
         ids = torch.randint(3, 64, (1, 48))
     model.to(device)
     place = torch.arange(48)[None]
-    roles = {"prompt_mask": place < 16, "answer_tokens": (place >= 40) & (place < 44)}
+    roles: dict[str, Any] = {"prompt_mask": place < 16, "answer_tokens": (place >= 40) & (place < 44)}
     graph = Tracer(model, mode="edges").from_ids(ids, **roles)[0].graph
     exact = Tracer(model, mode="exact").from_ids(ids, **roles)[0].flow
 

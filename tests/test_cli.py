@@ -9,22 +9,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import tomllib
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from flowgraph import Mass, Threshold, TopK, Tracer, __version__, cli, spans
+from flowgraph import Mass, Threshold, TopK, Tracer, __version__, answers, cli, cli_options, spans, terminal
 from flowgraph import smollm2 as smollm2_source
 from flowgraph.credit import _RULES, SCORES
+from flowgraph.exact import exact_flow
+from flowgraph.flow import Flow
 from flowgraph.solve import SOLVERS, Solution, System
+from flowgraph.tracer import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, RESPONSE = "What is 6 times 7?", "6 times 7 is 42.\nThe answer is 42."
@@ -119,19 +122,15 @@ def test_version() -> None:
 
 
 def test_choices_are_those_of_the_library_and_help_names_them() -> None:
-    assert ("auto", *SOLVERS) == cli.SOLVERS
-    assert ("auto", *spans.FINDERS) == cli.FINDERS
-    assert tuple(_RULES) == cli.RULES
-    assert set(cli.FLAGS) == {*spans.FLAGS, "no_flow"}
-    text = good("trace", "--help").stdout
-    for choice in (*cli.SOLVERS, *cli.FINDERS, *cli.RULES, *SCORES, *spans.PRESETS, "float32", "bfloat16"):
-        assert choice in text
-
-
-def test_extras_are_those_of_the_project() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    names = {key: {re.split(r"[^\w-]", line)[0] for line in lines} for key, lines in extras.items() if key != "dev"}
-    assert {extra: set(modules.values()) for extra, modules in cli._EXTRAS.items()} == names
+    assert ("auto", *SOLVERS) == cli_options.SOLVERS
+    assert ("auto", *answers.FINDERS) == cli_options.FINDERS
+    assert tuple(_RULES) == cli_options.RULES
+    assert set(terminal.FLAGS) == {*answers.FLAGS, "no_flow"}
+    choices = (*cli_options.SOLVERS, *cli_options.FINDERS, *cli_options.RULES, *SCORES, *spans.PRESETS)
+    for command in ("trace", "score"):
+        text = good(command, "--help").stdout
+        for choice in (*choices, *spans.NO_ANSWER, "edges", "exact", "prompt", "user", "float32", "bfloat16"):
+            assert choice in text
 
 
 # ------------------------------------------------------------------------- trace
@@ -148,33 +147,94 @@ def test_trace_as_json_is_what_the_tracer_says(folder: Path, tokenizer: Any) -> 
     assert max(shown["tokens"]["weight"]) == 2
 
 
-def test_every_option_reaches_the_tracer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
+Seen = list[tuple[Options, torch.dtype, Any, Any]]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """(options, dtype of the model, prompt, response) of each trace."""
+    calls: Seen = []
     original = Tracer.__call__
 
-    def spy(self: Tracer, *args: Any, **kwargs: Any) -> Any:
-        seen.append((self.options, self.model.dtype, args))
-        return original(self, *args, **kwargs)
+    def spy(self: Tracer, prompt: Any, response: Any) -> Any:
+        calls.append((self.options, self.model.dtype, prompt, response))  # type: ignore[arg-type]
+        return original(self, prompt, response)
 
     monkeypatch.setattr(Tracer, "__call__", spy)
-    given = {
-        "--layers": "0,2", "--preset": "paper", "--answer": "answer is", "--edges": "top:5", "--score": "reach",
-        "--rule": "softmax", "--top": "0.2", "--gain": "3", "--solver": "scatter", "--dtype": "bfloat16", 
-        "--device": "cpu",
-    }  # fmt: skip
-    good(*trace(folder, "-q", "--no-chat", *[word for pair in given.items() for word in pair]))
-    ((options, dtype, (prompt, response)),) = seen
-    fields = (options.layers, options.preset, options.answer, options.edges, options.score)
-    assert fields == ([0, 2], "paper", "answer is", TopK(5), "reach")
-    assert (options.rule, options.top, options.gain, options.solver) == ("softmax", 0.2, 3.0, "scatter")
-    assert (dtype, prompt, response) == (torch.bfloat16, PROMPT, RESPONSE)
-    for text, rule in {"auto": None, "all": Threshold(0.0), "1/64": Threshold(1 / 64), "mass:0.9": Mass(0.9)}.items():
-        good(*trace(folder, "-q", "--edges", text))
-        assert seen[-1][0].edges == rule
-    assert seen[-1][1] == torch.float32
-    assert seen[-1][2][0] == [{"role": "user", "content": PROMPT}], "chat is the default where there is a template"
-    good(*trace(folder, "-q", "--answer-regex", r"is (\d+)"))
-    assert seen[-1][0].answer == re.compile(r"is (\d+)")
+    return calls
+
+
+OPTIONS: list[tuple[list[str], Options]] = [
+    ([], Options()),
+    (
+        [
+            *("--layers", "0,2", "--preset", "paper", "--mode", "edges", "--edges", "top:5", "--answer", "answer is"),
+            *("--score", "reach", "--rule", "softmax", "--top", "0.2", "--gain", "3", "--no-answer", "tail"),
+            *("--tail-tokens", "4", "--max-tokens", "100", "--solver", "scatter", "--absorb-at-prompt"),
+            *("--temperature", "0.5", "--question", "user"),
+        ],
+        Options(
+            layers=[0, 2], preset="paper", mode="edges", edges=TopK(5), answer="answer is", score="reach",
+            rule="softmax", top=0.2, gain=3.0, no_answer="tail", tail_tokens=4, max_tokens=100, solver="scatter",
+            absorb_at_prompt=True, temperature=0.5, question="user",
+        ),
+    ),
+    (["--mode", "exact", "--edges", "mass:0.9"], Options(mode="exact", edges=Mass(0.9))),
+    (["--mode", "exact"], Options(mode="exact")),
+    (["--edges", "all"], Options(edges=Threshold(0.0))),
+    (["--edges", "1/64"], Options(edges=Threshold(1 / 64))),
+    (["--answer-regex", r"is (\d+)"], Options(answer=re.compile(r"is (\d+)"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "expected"), OPTIONS)
+def test_every_option_reaches_the_tracer(
+    folder: Path, tmp_path: Path, seen: Seen, arguments: list[str], expected: Options
+) -> None:
+    good(*trace(folder, "-q", *arguments))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": PROMPT, "response": RESPONSE}))
+    good("score", tmp_path / "in.jsonl", tmp_path / "out.parquet", "-m", folder, "-q", *arguments)
+    assert [options for options, *_ in seen] == [expected, expected]
+
+
+def test_some_options_differ_from_the_default_in_every_field() -> None:
+    given = [options for _, options in OPTIONS]
+    same = [field.name for field in fields(Options) if len({str(getattr(o, field.name)) for o in given}) == 1]
+    assert same == []
+
+
+def test_dtype_device_and_chat(folder: Path, seen: Seen) -> None:
+    good(*trace(folder, "-q", "--no-chat", "--dtype", "bfloat16", "--device", "cpu"))
+    good(*trace(folder, "-q"))
+    assert [call[1:] for call in seen] == [
+        (torch.bfloat16, PROMPT, RESPONSE),
+        (torch.float32, [{"role": "user", "content": PROMPT}], RESPONSE),  # chat, where there is a template
+    ]
+
+
+def test_the_modes_agree_and_say_which_they_are(folder: Path) -> None:
+    edges, exact = (
+        json.loads(good(*trace(folder, "--mode", mode, "--json", "-")).stdout) for mode in ("edges", "exact")
+    )
+    assert (edges["solver"], exact["solver"]) == ("scipy", "exact")
+    assert exact["tokens"]["throughput"] == pytest.approx(edges["tokens"]["throughput"], rel=1e-4)
+    assert "| solver exact |" in good(*trace(folder, "--mode", "exact")).stdout
+
+
+def test_the_question_of_the_user(folder: Path, tmp_path: Path) -> None:
+    sources = json.loads(good(*trace(folder, "--question", "user", "--json", "-")).stdout)["tokens"]
+    assert "".join(t for t, is_source in zip(sources["text"], sources["source"], strict=True) if is_source) == PROMPT
+    assert "needs chat messages" in refused(1, *trace(folder, "--question", "user", "--no-chat"))
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"prompt_ids": [1, 2], "response_ids": [3, 4]}))
+    ids: list[str | Path] = ["trace", "-m", folder, "--jsonl", tmp_path / "ids.jsonl", "--question", "user"]
+    assert "token ids don't say what the user wrote" in refused(1, *ids)
+
+
+def test_the_tail_stands_for_an_answer(folder: Path) -> None:
+    silent: list[str | Path] = ["trace", "-m", folder, "-p", PROMPT, "-r", "I do not know"]
+    text = good(*silent, "--no-answer", "tail", "--tail-tokens", "2").stdout
+    assert "tail_answer: the last tokens" in text
+    assert "Top tokens" in text
 
 
 def test_the_forms_of_input_agree(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -224,7 +284,7 @@ def test_with_colours_there_is_a_heat_map(folder: Path) -> None:
     colours = {"NO_COLOR": "", "FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color"}
     text = good(*trace(folder), env=colours).stdout
     background = set(re.findall(r"\x1b\[[\d;]*48;2;(\d+;\d+;\d+)m", text))
-    assert len(background) == len(cli._SHADES)
+    assert len(background) == len(terminal.SHADES)
     plain = re.sub(r"\x1b\[[\d;]*m", "", text)
     assert PROMPT in plain
     assert "The answer is 42." in plain
@@ -250,7 +310,7 @@ def test_a_response_cannot_command_the_terminal(folder: Path) -> None:
 
 
 def test_a_long_prompt_is_shortened_on_the_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_SHOWN_PROMPT", 6)
+    monkeypatch.setattr(terminal, "SHOWN_PROMPT", 6)
     colours = {"NO_COLOR": "", "FORCE_COLOR": "1"}
     text = re.sub(r"\x1b\[[\d;]*m", "", good(*trace(folder), env=colours).stdout)
     assert re.search(r"<\|user\|>.* \.\.\. \d+ tokens \.\.\. .*<\|assistant\|>6 times 7", text, re.S)
@@ -264,6 +324,7 @@ def test_a_long_prompt_is_shortened_on_the_terminal(folder: Path, monkeypatch: p
         (["-r", RESPONSE], "give --prompt or --prompt-file"),
         (["-p", PROMPT, "--prompt-file", "x", "-r", RESPONSE], "not both"),
         (["-p", PROMPT, "--jsonl", "x"], "leave out --prompt"),
+        (["--response-file", "r", "--jsonl", "x"], "leave out --prompt"),
         (["--jsonl", "x", "--line", "0"], "--line"),
         (["-p", PROMPT, "-r", RESPONSE, "--layers", "upper"], "layer numbers like 10,11,12"),
         (["-p", PROMPT, "-r", RESPONSE, "--edges", "most"], "a threshold like 1/1024"),
@@ -273,6 +334,13 @@ def test_a_long_prompt_is_shortened_on_the_terminal(folder: Path, monkeypatch: p
         (["-p", PROMPT, "-r", RESPONSE, "--answer", "box"], "auto, boxed, ####"),
         (["-p", PROMPT, "-r", RESPONSE, "--answer-regex", "("], "no regular expression"),
         (["-p", PROMPT, "-r", RESPONSE, "--solver", "magic"], "scatter, scipy, reference"),
+        (["-p", PROMPT, "-r", RESPONSE, "--mode", "fast"], "auto, edges, exact"),
+        (["-p", PROMPT, "-r", RESPONSE, "--mode", "exact", "--solver", "scipy"], "has a solver of its own"),
+        (["-p", PROMPT, "-r", RESPONSE, "--question", "all"], "prompt, user"),
+        (["-p", PROMPT, "-r", RESPONSE, "--no-answer", "none"], "uniform, tail"),
+        (["-p", PROMPT, "-r", RESPONSE, "--tail-tokens", "0"], "--tail-tokens"),
+        (["-p", PROMPT, "-r", RESPONSE, "--max-tokens", "1"], "--max-tokens"),
+        (["-p", PROMPT, "-r", RESPONSE, "--temperature", "0"], "temperature must be > 0"),
         (["-p", PROMPT, "-r", RESPONSE, "--top", "0"], "top must be in (0, 1]"),
         (["-p", PROMPT, "-r", RESPONSE, "--gain", "nan"], "gain must be finite"),
         (["-p", PROMPT, "-r", RESPONSE, "--device", "toaster"], "use auto, cpu, cuda"),
@@ -314,6 +382,7 @@ def test_what_cannot_be_done_is_1_in_one_line(folder: Path, tmp_path: Path) -> N
         ([*trace(folder), "--device", "cuda:99"], "there is no device cuda:99 here"),
         ([*trace(folder), "--html", tmp_path], "Is a directory"),
         ([*here, "-p", "p " * 500, "-r", RESPONSE], "more than the 128 that the model can see"),
+        ([*trace(folder), "--max-tokens", "20"], "more than the 20"),
     ]
     for arguments, reason in cases:
         message = refused(1, *arguments)
@@ -483,11 +552,11 @@ def test_an_exception_in_the_middle_leaves_no_out(folder: Path, rows: Path, monk
 
 def test_a_log_gets_a_line_now_and_then(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = cli._Done()
-    with cli._progress(rows, done, quiet=False, every=0) as advance:
+    with terminal.progress(rows.stat().st_size, done, quiet=False, every=0) as advance:
         done.rows = 5
         advance(10)
     assert "5 rows, " in capsys.readouterr().err
-    with cli._progress(rows, done, quiet=True, every=0) as advance:
+    with terminal.progress(rows.stat().st_size, done, quiet=True, every=0) as advance:
         advance(10)
     assert capsys.readouterr().err == ""
 
@@ -538,7 +607,16 @@ def test_stopping_score_leaves_no_out(folder: Path, tmp_path: Path) -> None:
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     result = good("doctor")
-    for word in ("torch-geometric", "transformers", "cpu", "cuda", "solver scatter", "solver scipy", "capture"):
+    for word in (
+        "torch-geometric",
+        "transformers",
+        "cpu",
+        "cuda",
+        "solver scatter",
+        "solver scipy",
+        "mode exact",
+        "capture",
+    ):
         assert word in result.stdout
     assert "OK: everything" in result.stdout
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -546,8 +624,6 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_finds_a_solver_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     right = SOLVERS["scatter"]
 
     def wrong(system: System) -> Solution:
@@ -560,6 +636,20 @@ def test_doctor_finds_a_solver_that_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
     assert re.search(r"solver scipy +OK", result.stdout)
     assert "1 of the self-tests went wrong" in result.stderr
     assert "OK: everything" not in result.stdout
+
+
+def test_doctor_finds_an_exact_mode_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    for factor in (1.01, float("nan")):
+
+        def wrong(*args: Any, by: float = factor, **kwargs: Any) -> Flow:
+            flow = exact_flow(*args, **kwargs)
+            return replace(flow, reach=flow.reach * by)
+
+        monkeypatch.setattr("flowgraph.tracer.exact_flow", wrong)
+        result = invoke("doctor")
+        assert result.exit_code == 1
+        assert re.search(r"mode exact +WRONG", result.stdout)
+        assert "1 of the self-tests went wrong" in result.stderr
 
 
 def test_doctor_needs_required_packages_only() -> None:

@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
+    "spans",
     "rows",
     "capture",
     "sparsify",
@@ -32,10 +33,13 @@ ORDER = (
     "tracer",
     "__init__",
     "demo",
+    "terminal",
+    "doctor",
+    "cli_options",
     "cli",
 )
 # These import nothing of flowgraph, and any module may import them.
-LEAVES = ("_version", "spans", "smollm2")
+LEAVES = ("_version", "answers", "smollm2")
 
 # A trainer is known to its adapter alone.
 TRAINERS = {"nemo_rl", "openrlhf", "prime_rl", "roll", "skyrl", "skyrl_train", "slime", "trl", "verl"}
@@ -179,7 +183,8 @@ def test_there_is_something_to_check() -> None:
 GOOD = {
     "flowgraph/__init__.py": "from flowgraph.graph import TokenGraph\nfrom . import flow",
     "flowgraph/rows.py": "import torch",
-    "flowgraph/spans.py": "import re",
+    "flowgraph/answers.py": "import re",
+    "flowgraph/spans.py": "from flowgraph.answers import Span",
     "flowgraph/graph.py": "from .rows import Rows\nfrom flowgraph import spans",
     "flowgraph/flow.py": "def f():\n    from flowgraph.graph import TokenGraph",
     "flowgraph/cli.py": "import flowgraph\ndef score():\n    from flowgraph.adapters.files import read",
@@ -222,8 +227,8 @@ def test_good_imports_pass(tmp_path: Path) -> None:
         ("flowgraph/flow.py", "import_module('flowgraph.adapters.trl')", "flowgraph comes before adapters"),
         ("flowgraph/flow.py", "importlib.import_module(f'.adapters.{n}', 'flowgraph')", "before adapters"),
         ("flowgraph/flow.py", "__import__('flowgraph.cli')", "cli does not come before flow"),
-        ("flowgraph/spans.py", "from flowgraph.rows import Rows", "spans is to import nothing"),
-        ("flowgraph/spans.py", "from flowgraph import smollm2", "spans is to import nothing"),
+        ("flowgraph/answers.py", "from flowgraph.rows import Rows", "answers is to import nothing"),
+        ("flowgraph/answers.py", "from flowgraph import smollm2", "answers is to import nothing"),
         ("flowgraph/cli.py", "from flowgraph.adapters import files", "inside a function only"),
         ("flowgraph/cli.py", "def f():\n    from flowgraph.rl import shaping", "flowgraph comes before rl"),
         ("flowgraph/helpers.py", "", "flowgraph.helpers has no place"),
