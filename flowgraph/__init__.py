@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from flowgraph.flow import Flow, trace_flow
     from flowgraph.graph import TokenGraph
     from flowgraph.layers import AnswerReachability, FlowPropagation
+    from flowgraph.options import Options
     from flowgraph.rows import AttentionRows, DenseRows
     from flowgraph.spans import locate
     from flowgraph.sparsify import Edges, Mass, Threshold, TopK, sparsify
-    from flowgraph.tracer import Options, Trace, Tracer, Traces
+    from flowgraph.trace import Trace, Traces
+    from flowgraph.tracer import Tracer
 
 _HOME = {
     "answers": ("find_answer",),
@@ -38,7 +40,9 @@ _HOME = {
     "rows": ("AttentionRows", "DenseRows"),
     "sparsify": ("Edges", "Mass", "Threshold", "TopK", "sparsify"),
     "spans": ("locate",),
-    "tracer": ("Options", "Trace", "Tracer", "Traces"),
+    "options": ("Options",),
+    "trace": ("Trace", "Traces"),
+    "tracer": ("Tracer",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -27,7 +27,8 @@ from flowgraph._version import __version__
 from flowgraph.cli_options import INPUT, OUTPUT, option
 
 if TYPE_CHECKING:
-    from flowgraph.tracer import Trace, Tracer
+    from flowgraph.trace import Trace
+    from flowgraph.tracer import Tracer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -209,9 +210,8 @@ def _trace(tracer: Tracer, record: Any, chat: bool) -> Trace:
 
 
 def _write_json(trace: Trace, path: Path) -> None:
-    from flowgraph.tracer import options_dict
 
-    text = json.dumps(trace.to_dict() | {"options": options_dict(trace.options)}, allow_nan=False)
+    text = json.dumps(trace.to_dict() | {"options": trace.options.to_dict()}, allow_nan=False)
     if str(path) == "-":
         print(text)
     else:
@@ -350,9 +350,8 @@ def _check_files(source: Path, out: Path, overwrite: bool) -> None:
 
 
 def _metadata(model: str, tracer: Tracer, chat: bool) -> dict[str, str]:
-    from flowgraph.tracer import options_dict
 
-    settings = options_dict(tracer.options) | {"chat": chat}
+    settings = tracer.options.to_dict() | {"chat": chat}
     return {"version": __version__, "model": model, "options": json.dumps(settings)}
 
 

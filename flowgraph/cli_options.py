@@ -17,7 +17,8 @@ import typer
 from flowgraph.terminal import reason, say, status
 
 if TYPE_CHECKING:
-    from flowgraph.tracer import Options, Tracer
+    from flowgraph.options import Options
+    from flowgraph.tracer import Tracer
 
 INPUT, MODEL, METHOD, CREDIT, FINE, OUTPUT = (
     "What to trace", "Model", "Graph and flow", "Credit", "Fine tuning", "Output",
@@ -145,8 +146,8 @@ def tracer_options(given: Mapping[str, Any]) -> Options:
     import torch
 
     from flowgraph.credit import weights_from_scores
+    from flowgraph.options import Options
     from flowgraph.sparsify import Mass, Threshold, TopK
-    from flowgraph.tracer import Options
 
     values = {field.name: given[field.name] for field in fields(Options)}
     if given["answer_regex"] is not None:
@@ -181,7 +182,7 @@ def load(given: Mapping[str, Any]) -> tuple[Tracer, bool]:
         if chat and not has_template:
             raise ValueError(f"the tokenizer of {name} has no chat template; leave --chat out, or use --no-chat")
         first = torch.tensor([[True, False]])
-        Tracer(model, **vars(options)).from_ids(first.long(), prompt_mask=first, sink_mask=~first)
+        Tracer(model, **vars(options)).from_ids(first.long(), prompt_mask=first, question_mask=first, sink_mask=~first)
     return Tracer(model, tokenizer, **vars(options)), has_template if chat is None else chat
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from flowgraph.tracer import Trace
+    from flowgraph.trace import Trace
 
 # ------------------------------------------------------------------------- text and messages
 

@@ -8,22 +8,18 @@ Shapes: B rows of the caller's batch, T their length with pads, N tokens of one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
-from flowgraph._version import __version__
-from flowgraph.answers import Finder
-from flowgraph.capture import Capture, Layers, capture, documents_of, is_packed
-from flowgraph.credit import Credit, credit
+from flowgraph.capture import Capture, capture, documents_of, is_packed
+from flowgraph.credit import credit
 from flowgraph.exact import exact_flow
 from flowgraph.flow import Flow, trace_flow
 from flowgraph.graph import TokenGraph
+from flowgraph.options import Options
 from flowgraph.spans import (
     Encoded,
     Spans,
@@ -33,234 +29,10 @@ from flowgraph.spans import (
     question_of_messages,
     token_offsets,
 )
-from flowgraph.sparsify import EdgeRule, sparsify
+from flowgraph.sparsify import sparsify
+from flowgraph.trace import Trace, Traces
 
 Messages = list[dict[str, Any]]
-
-LONG = 2048
-"""Traces of more tokens are traced in exact mode, unless the user says otherwise."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a `Tracer` does, and what a saved trace says about how it came about.
-
-    Attributes:
-        layers: "middle" (third of the softmax layers), "all", or layer numbers.
-        preset: "flowgraph": the sinks are the positions that predict the answer; "paper": the answer tokens themselves.
-        mode: "edges": attention becomes the edges of a graph, and the flow runs through these. "exact": the flow of the
-            whole attention, streamed twice and never stored; the graph lists the edges that carry most of it. "auto":
-            edges up to 2,048 tokens (all of them: nothing is lost) or if `edges` or `solver` is given, else exact.
-        edges: the rule that chooses edges, by attention; in exact mode by the share of the flow that they carry. None:
-            all edges up to 2,048 tokens, above that those over 1/1024; in exact mode the top 32 into each token.
-        answer: how to find the answer: "auto", "boxed", "####", "A:", "<answer>", "answer is", a compiled regular
-            expression (its group 1, if it has one), or a function from the response to a (start, stop) in it.
-        question: "prompt": flow starts at every prompt token; "user": only at what the user wrote (chat messages).
-        no_answer: "uniform": weights stay 1, flagged; "tail": the last `tail_tokens` tokens stand for the answer.
-        solver, absorb_at_prompt: as in `trace_flow`. score, rule, top, gain, temperature: as in `credit`.
-        max_tokens: longest trace; None takes the model's own window, `config.max_position_embeddings`.
-    """
-
-    layers: Layers = "middle"
-    preset: str = "flowgraph"
-    mode: str = "auto"
-    edges: EdgeRule | None = None
-    answer: Finder = "auto"
-    question: str = "prompt"
-    no_answer: str = "uniform"
-    tail_tokens: int = 16
-    solver: str = "auto"
-    absorb_at_prompt: bool = False
-    score: str = "throughput"
-    rule: str = "top"
-    top: float = 0.4
-    gain: float = 1.5
-    temperature: float = 1.0
-    max_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.question not in ("prompt", "user"):
-            raise ValueError(f'question must be "prompt" or "user", got {self.question!r}')
-        if self.mode not in ("auto", "edges", "exact"):
-            raise ValueError(f'mode must be "auto", "edges" or "exact", got {self.mode!r}')
-        if self.mode == "exact" and self.solver != "auto":
-            raise ValueError(
-                f'mode="exact" has a solver of its own, got solver={self.solver!r}; use mode="edges" for it'
-            )
-        if self.edges is not None and not hasattr(self.edges, "keep"):
-            raise ValueError(f"edges must be Threshold, TopK, Mass or another rule with keep(), got {self.edges!r}")
-
-    def exact(self, num_tokens: int) -> bool:
-        """Is a trace of this length to be traced in exact mode?"""
-        if self.mode == "auto":
-            return num_tokens > LONG and self.edges is None and self.solver == "auto"
-        return self.mode == "exact"
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One traced response: graph, flow, credit and text, all over the same N tokens.
-
-    Attributes:
-        graph: the `TokenGraph`. flow: the `Flow` through it. credit: the `Credit` of its tokens.
-        spans: where question, response and answer are, and what was odd about finding them.
-        text: the N tokens as pieces of text that join to the whole; None without a tokenizer.
-        row, positions: where the tokens stood in the caller's batch: its row, and [N] the places in that row.
-        options: what the tracer was told.
-    """
-
-    graph: TokenGraph
-    flow: Flow
-    credit: Credit
-    spans: Spans
-    text: list[str] | None
-    row: int
-    positions: Tensor
-    options: Options = field(repr=False)
-
-    def __len__(self) -> int:
-        """Number of tokens, N."""
-        return int(self.graph.num_nodes)
-
-    @property
-    def weights(self) -> Tensor:
-        """[N] the credit: what to multiply each token's loss with."""
-        return self.credit.weights
-
-    @property
-    def response_weights(self) -> Tensor:
-        """[response tokens] the credit of the response alone, in its order."""
-        return self.weights[self.graph.response_mask]
-
-    @property
-    def throughput(self) -> Tensor:
-        """[N] inflow + outflow of each token."""
-        return self.flow.throughput
-
-    @property
-    def reach(self) -> Tensor:
-        """[N] influence of each token on the answer."""
-        return self.flow.reach
-
-    @property
-    def answer(self) -> str | None:
-        """The answer that was found, as text."""
-        return self.spans.answer_text
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Everything odd: "no_answer", "cut_off", "several_answers", "tail_answer", "no_flow"."""
-        return tuple(dict.fromkeys((*self.spans.flags, *self.credit.flags[0])))
-
-    def top(self, k: int = 10) -> list[tuple[int, str, float]]:
-        """The `k` tokens of the response with the highest score: (position in the trace, text, score)."""
-        scores = self.credit.scores.masked_fill(~self.credit.mask, -1)
-        order = torch.sort(scores, descending=True, stable=True).indices[: min(k, int(self.credit.mask.sum()))]
-        return [(i, self.text[i] if self.text else "", float(scores[i])) for i in order.tolist()]
-
-    def summary(self) -> dict[str, float | int]:
-        """What a trace is in numbers. Shares are of the flow that passes through all tokens together."""
-        graph, flow = self.graph, self.flow.flow.double()
-        total = max(float(flow.sum()), 1e-300)
-        return {
-            "tokens": len(self),
-            "prompt_tokens": int(graph.prompt_mask.sum()),
-            "response_tokens": int(graph.response_mask.sum()),
-            "edges": int(graph.edge_weight.numel()),
-            "sinks": int(graph.answer_mask.sum()),
-            "credited": int((self.weights != 1).sum()),
-            "injected": float(self.flow.injected),
-            "absorbed": float(self.flow.absorbed),
-            "iterations": int(self.flow.iterations),
-            "prompt_share": float(flow[graph.prompt_mask].sum()) / total,
-            "first_token_share": float(flow[0]) / total,
-            "dropped_per_row": float(graph.dropped.double().mean()),
-        }
-
-    def to_dict(self, edges_per_token: int = 5) -> dict[str, Any]:
-        """The trace as plain lists and numbers, for JSON and for the page.
-
-        Args:
-            edges_per_token: of the edges, each token's strongest so many in and out by flow; `edges.share` says which
-                part of all edge flow they carry.
-        """
-        graph, spans = self.graph, self.spans
-        answer = spans.answer_tokens.nonzero().flatten().tolist()
-        role = np.select(
-            [spans.answer_tokens.numpy(), graph.prompt_mask.cpu().numpy(), graph.response_mask.cpu().numpy()],
-            ["answer", "prompt", "response"],
-            "other",
-        )
-        text = self.text or [""] * len(self)
-        found = {"text": spans.answer_text or "", "finder": spans.finder or "mask"}
-        return {
-            "version": __version__,
-            "model": graph.model,
-            "layers": graph.layers,
-            "rule": graph.rule,
-            "preset": self.options.preset,
-            "solver": self.flow.solver,
-            "score": self.options.score,
-            "flags": list(self.flags),
-            "answer": found | {"start": answer[0], "stop": answer[-1] + 1} if answer else None,
-            "tokens": {
-                "text": text,
-                "id": graph.token_ids.tolist(),
-                "role": role.tolist(),
-                "source": graph.question_mask.tolist(),
-                "sink": graph.answer_mask.tolist(),
-                "credited": graph.credit_mask.tolist(),
-                "reach": self.reach.tolist(),
-                "throughput": self.throughput.tolist(),
-                "weight": self.weights.tolist(),
-            },
-            "edges": _strongest_edges(self.flow, edges_per_token),
-            "summary": self.summary(),
-        }
-
-    def to_html(self, path: str | Path, title: str = "FlowGraph") -> Path:
-        """Write the trace as one self-contained HTML page."""
-        from flowgraph.page import write
-
-        return write(path, [self.to_dict()], title=title)
-
-    def __repr__(self) -> str:
-        facts = self.summary()
-        answer = f"answer {self.answer!r}" if self.answer is not None else f"{facts['sinks']} sinks"
-        flags = f", flags: {', '.join(self.flags)}" if self.flags else ""
-        return (
-            f"Trace({facts['prompt_tokens']} prompt + {facts['response_tokens']} response tokens, "
-            f"{facts['edges']} edges, {answer}, {facts['credited']} tokens credited{flags})"
-        )
-
-
-class Traces(Sequence[Trace]):
-    """The traces of a batch, in the order of its rows (and documents within a row).
-
-    Attributes:
-        batch: all graphs as one PyG batch. flow: the `Flow` through it. credit: the `Credit` of all its tokens.
-        weights: [B, T] credits in the caller's own layout; 1 at pads and prompts.
-    """
-
-    def __init__(self, traces: list[Trace], flow: Flow, credit: Credit, shape: tuple[int, int]) -> None:
-        self._traces, self.batch, self.flow, self.credit = traces, flow.graph, flow, credit
-        self.weights = credit.to_layout([t.row for t in traces], [t.positions for t in traces], shape)
-
-    @overload
-    def __getitem__(self, index: int) -> Trace: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Trace]: ...
-    def __getitem__(self, index: int | slice) -> Trace | list[Trace]:
-        return self._traces[index]
-
-    def __len__(self) -> int:
-        return len(self._traces)
-
-    def __iter__(self) -> Iterator[Trace]:
-        return iter(self._traces)
-
-    def __repr__(self) -> str:
-        return f"Traces({len(self)} traces, weights {list(self.weights.shape)})"
 
 
 class Tracer:
@@ -349,6 +121,8 @@ class Tracer:
             ValueError: names the argument and the row.
         """
         shape = _check_batch(input_ids, attention_mask, prompt_mask, position_ids, truncated)
+        if self.options.question == "user" and question_mask is None:
+            raise ValueError('question="user" needs question_mask here: ids do not say what the user wrote')
         real = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
         given = {
             "prompt_mask": prompt_mask,
@@ -443,12 +217,6 @@ class Tracer:
 _ROLES = ("prompt_mask", "question_mask", "answer_mask", "response_mask", "credit_mask")
 
 
-def options_dict(options: Options) -> dict[str, Any]:
-    """Options as text and numbers, for files."""
-    values = {name.name: getattr(options, name.name) for name in fields(options)}
-    return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in values.items()}
-
-
 def _check_batch(
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -497,21 +265,3 @@ def _documents(
             raise ValueError(f"row {row} of attention_mask is all zeros: there is nothing to trace")
         for document in documents[row][real[row]].unique_consecutive():
             yield row, (real[row] & (documents[row] == document)).nonzero().flatten()
-
-
-def _strongest_edges(flow: Flow, per_token: int) -> dict[str, Any]:
-    source, target = flow.graph.edge_index.cpu().numpy()
-    carried = flow.edge_flow.cpu().double().numpy()
-    chosen = np.zeros(len(carried), dtype=bool)
-    for end in (source, target):
-        order = np.lexsort((-carried, end))
-        begins = np.searchsorted(end[order], end[order])
-        chosen[order[np.arange(len(order)) - begins < per_token]] = True
-    chosen &= carried > 0
-    return {
-        "source": source[chosen].tolist(),
-        "target": target[chosen].tolist(),
-        "weight": flow.graph.edge_weight.cpu().numpy()[chosen].tolist(),
-        "flow": carried[chosen].tolist(),
-        "share": float(carried[chosen].sum() / max(carried.sum(), 1e-300)),
-    }

@@ -26,8 +26,8 @@ from flowgraph import smollm2 as smollm2_source
 from flowgraph.credit import _RULES, SCORES
 from flowgraph.exact import exact_flow
 from flowgraph.flow import Flow
+from flowgraph.options import Options
 from flowgraph.solve import SOLVERS, Solution, System
-from flowgraph.tracer import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, RESPONSE = "What is 6 times 7?", "6 times 7 is 42.\nThe answer is 42."

@@ -128,7 +128,7 @@ def test_exact_credits_equal_those_of_all_edges(name: str) -> None:
 
 
 def test_auto_is_exact_for_long_traces_and_each_trace_has_its_own_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowgraph.tracer.LONG", 30)
+    monkeypatch.setattr("flowgraph.options.LONG", 30)
     model, given_ids = tiny("llama"), inputs()
     mask = torch.ones(2, T, dtype=torch.long)
     mask[1, :12] = 0

@@ -30,6 +30,8 @@ ORDER = (
     "exact",
     "credit",
     "page",
+    "options",
+    "trace",
     "tracer",
     "__init__",
     "demo",

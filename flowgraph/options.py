@@ -1,0 +1,74 @@
+"""Options: everything that a `Tracer` can be told, validated in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from flowgraph.answers import Finder
+from flowgraph.capture import Layers
+from flowgraph.sparsify import EdgeRule
+
+LONG = 2048
+"""Traces of more tokens are traced in exact mode, unless the user says otherwise."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a `Tracer` does, and what a saved trace says about how it came about.
+
+    Attributes:
+        layers: "middle" (third of the softmax layers), "all", or layer numbers.
+        preset: "flowgraph": the sinks are the positions that predict the answer; "paper": the answer tokens themselves.
+        mode: "edges": attention becomes the edges of a graph, and the flow runs through these. "exact": the flow of the
+            whole attention, streamed twice and never stored; the graph lists the edges that carry most of it. "auto":
+            edges up to 2,048 tokens (all of them: nothing is lost) or if `edges` or `solver` is given, else exact.
+        edges: the rule that chooses edges, by attention; in exact mode by the share of the flow that they carry. None:
+            all edges up to 2,048 tokens, above that those over 1/1024; in exact mode the top 32 into each token.
+        answer: how to find the answer: "auto", "boxed", "####", "A:", "<answer>", "answer is", a compiled regular
+            expression (its group 1, if it has one), or a function from the response to a (start, stop) in it.
+        question: "prompt": flow starts at every prompt token; "user": only at what the user wrote (chat messages).
+        no_answer: "uniform": weights stay 1, flagged; "tail": the last `tail_tokens` tokens stand for the answer.
+        solver, absorb_at_prompt: as in `trace_flow`. score, rule, top, gain, temperature: as in `credit`.
+        max_tokens: longest trace; None takes the model's own window, `config.max_position_embeddings`.
+    """
+
+    layers: Layers = "middle"
+    preset: str = "flowgraph"
+    mode: str = "auto"
+    edges: EdgeRule | None = None
+    answer: Finder = "auto"
+    question: str = "prompt"
+    no_answer: str = "uniform"
+    tail_tokens: int = 16
+    solver: str = "auto"
+    absorb_at_prompt: bool = False
+    score: str = "throughput"
+    rule: str = "top"
+    top: float = 0.4
+    gain: float = 1.5
+    temperature: float = 1.0
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.question not in ("prompt", "user"):
+            raise ValueError(f'question must be "prompt" or "user", got {self.question!r}')
+        if self.mode not in ("auto", "edges", "exact"):
+            raise ValueError(f'mode must be "auto", "edges" or "exact", got {self.mode!r}')
+        if self.mode == "exact" and self.solver != "auto":
+            raise ValueError(
+                f'mode="exact" has a solver of its own, got solver={self.solver!r}; use mode="edges" for it'
+            )
+        if self.edges is not None and not hasattr(self.edges, "keep"):
+            raise ValueError(f"edges must be Threshold, TopK, Mass or another rule with keep(), got {self.edges!r}")
+
+    def exact(self, num_tokens: int) -> bool:
+        """Is a trace of this length to be traced in exact mode?"""
+        if self.mode == "auto":
+            return num_tokens > LONG and self.edges is None and self.solver == "auto"
+        return self.mode == "exact"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As text and numbers, for files."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in values.items()}

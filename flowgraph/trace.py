@@ -1,0 +1,206 @@
+"""Trace: one traced response, with graph, flow, credit and text over the same tokens; Traces: those of a batch.
+
+Shapes: B rows of the caller's batch, T their length with pads, N tokens of one trace, E edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowgraph._version import __version__
+from flowgraph.credit import Credit
+from flowgraph.flow import Flow
+from flowgraph.graph import TokenGraph
+from flowgraph.options import Options
+from flowgraph.spans import Spans
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One traced response: graph, flow, credit and text, all over the same N tokens.
+
+    Attributes:
+        graph: the `TokenGraph`. flow: the `Flow` through it. credit: the `Credit` of its tokens.
+        spans: where question, response and answer are, and what was odd about finding them.
+        text: the N tokens as pieces of text that join to the whole; None without a tokenizer.
+        row, positions: where the tokens stood in the caller's batch: its row, and [N] the places in that row.
+        options: what the tracer was told.
+    """
+
+    graph: TokenGraph
+    flow: Flow
+    credit: Credit
+    spans: Spans
+    text: list[str] | None
+    row: int
+    positions: Tensor
+    options: Options = field(repr=False)
+
+    def __len__(self) -> int:
+        """Number of tokens, N."""
+        return int(self.graph.num_nodes)
+
+    @property
+    def weights(self) -> Tensor:
+        """[N] the credit: what to multiply each token's loss with."""
+        return self.credit.weights
+
+    @property
+    def response_weights(self) -> Tensor:
+        """[response tokens] the credit of the response alone, in its order."""
+        return self.weights[self.graph.response_mask]
+
+    @property
+    def throughput(self) -> Tensor:
+        """[N] inflow + outflow of each token."""
+        return self.flow.throughput
+
+    @property
+    def reach(self) -> Tensor:
+        """[N] influence of each token on the answer."""
+        return self.flow.reach
+
+    @property
+    def answer(self) -> str | None:
+        """The answer that was found, as text."""
+        return self.spans.answer_text
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Everything odd: "no_answer", "cut_off", "several_answers", "tail_answer", "no_flow"."""
+        return tuple(dict.fromkeys((*self.spans.flags, *self.credit.flags[0])))
+
+    def top(self, k: int = 10) -> list[tuple[int, str, float]]:
+        """The `k` tokens of the response with the highest score: (position in the trace, text, score)."""
+        scores = self.credit.scores.masked_fill(~self.credit.mask, -1)
+        order = torch.sort(scores, descending=True, stable=True).indices[: min(k, int(self.credit.mask.sum()))]
+        return [(i, self.text[i] if self.text else "", float(scores[i])) for i in order.tolist()]
+
+    def summary(self) -> dict[str, float | int]:
+        """What a trace is in numbers. Shares are of the flow that passes through all tokens together."""
+        graph, flow = self.graph, self.flow.flow.double()
+        total = max(float(flow.sum()), 1e-300)
+        return {
+            "tokens": len(self),
+            "prompt_tokens": int(graph.prompt_mask.sum()),
+            "response_tokens": int(graph.response_mask.sum()),
+            "edges": int(graph.edge_weight.numel()),
+            "sinks": int(graph.answer_mask.sum()),
+            "credited": int((self.weights != 1).sum()),
+            "injected": float(self.flow.injected),
+            "absorbed": float(self.flow.absorbed),
+            "iterations": int(self.flow.iterations),
+            "prompt_share": float(flow[graph.prompt_mask].sum()) / total,
+            "first_token_share": float(flow[0]) / total,
+            "dropped_per_row": float(graph.dropped.double().mean()),
+        }
+
+    def to_dict(self, edges_per_token: int = 5) -> dict[str, Any]:
+        """The trace as plain lists and numbers, for JSON and for the page.
+
+        Args:
+            edges_per_token: of the edges, each token's strongest so many in and out by flow; `edges.share` says which
+                part of all edge flow they carry.
+        """
+        graph, spans = self.graph, self.spans
+        answer = spans.answer_tokens.nonzero().flatten().tolist()
+        role = np.select(
+            [spans.answer_tokens.numpy(), graph.prompt_mask.cpu().numpy(), graph.response_mask.cpu().numpy()],
+            ["answer", "prompt", "response"],
+            "other",
+        )
+        text = self.text or [""] * len(self)
+        found = {"text": spans.answer_text or "", "finder": spans.finder or "mask"}
+        return {
+            "version": __version__,
+            "model": graph.model,
+            "layers": graph.layers,
+            "rule": graph.rule,
+            "preset": self.options.preset,
+            "solver": self.flow.solver,
+            "score": self.options.score,
+            "flags": list(self.flags),
+            "answer": found | {"start": answer[0], "stop": answer[-1] + 1} if answer else None,
+            "tokens": {
+                "text": text,
+                "id": graph.token_ids.tolist(),
+                "role": role.tolist(),
+                "source": graph.question_mask.tolist(),
+                "sink": graph.answer_mask.tolist(),
+                "credited": graph.credit_mask.tolist(),
+                "reach": self.reach.tolist(),
+                "throughput": self.throughput.tolist(),
+                "weight": self.weights.tolist(),
+            },
+            "edges": _strongest_edges(self.flow, edges_per_token),
+            "summary": self.summary(),
+        }
+
+    def to_html(self, path: str | Path, title: str = "FlowGraph") -> Path:
+        """Write the trace as one self-contained HTML page."""
+        from flowgraph.page import write
+
+        return write(path, [self.to_dict()], title=title)
+
+    def __repr__(self) -> str:
+        facts = self.summary()
+        answer = f"answer {self.answer!r}" if self.answer is not None else f"{facts['sinks']} sinks"
+        flags = f", flags: {', '.join(self.flags)}" if self.flags else ""
+        return (
+            f"Trace({facts['prompt_tokens']} prompt + {facts['response_tokens']} response tokens, "
+            f"{facts['edges']} edges, {answer}, {facts['credited']} tokens credited{flags})"
+        )
+
+
+class Traces(Sequence[Trace]):
+    """The traces of a batch, in the order of its rows (and documents within a row).
+
+    Attributes:
+        batch: all graphs as one PyG batch. flow: the `Flow` through it. credit: the `Credit` of all its tokens.
+        weights: [B, T] credits in the caller's own layout; 1 at pads and prompts.
+    """
+
+    def __init__(self, traces: list[Trace], flow: Flow, credit: Credit, shape: tuple[int, int]) -> None:
+        self._traces, self.batch, self.flow, self.credit = traces, flow.graph, flow, credit
+        self.weights = credit.to_layout([t.row for t in traces], [t.positions for t in traces], shape)
+
+    @overload
+    def __getitem__(self, index: int) -> Trace: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Trace]: ...
+    def __getitem__(self, index: int | slice) -> Trace | list[Trace]:
+        return self._traces[index]
+
+    def __len__(self) -> int:
+        return len(self._traces)
+
+    def __iter__(self) -> Iterator[Trace]:
+        return iter(self._traces)
+
+    def __repr__(self) -> str:
+        return f"Traces({len(self)} traces, weights {list(self.weights.shape)})"
+
+
+def _strongest_edges(flow: Flow, per_token: int) -> dict[str, Any]:
+    source, target = flow.graph.edge_index.cpu().numpy()
+    carried = flow.edge_flow.cpu().double().numpy()
+    chosen = np.zeros(len(carried), dtype=bool)
+    for end in (source, target):
+        order = np.lexsort((-carried, end))
+        begins = np.searchsorted(end[order], end[order])
+        chosen[order[np.arange(len(order)) - begins < per_token]] = True
+    chosen &= carried > 0
+    return {
+        "source": source[chosen].tolist(),
+        "target": target[chosen].tolist(),
+        "weight": flow.graph.edge_weight.cpu().numpy()[chosen].tolist(),
+        "flow": carried[chosen].tolist(),
+        "share": float(carried[chosen].sum() / max(carried.sum(), 1e-300)),
+    }
