@@ -24,9 +24,9 @@ from flowgraph.smollm2 import load
 
 RESULTS = Path(__file__).parent / "results"
 CASES = [
-    ("forward", (1024, 2048, 4096, 8192)),
-    ("edges", (1024, 2048, 4096, 8192)),
-    ("exact", (1024, 2048, 4096, 8192)),
+    ("forward", (1024, 2048, 4096)),
+    ("edges", (1024, 2048, 4096)),
+    ("exact", (1024, 2048, 4096)),
     ("eager", (1024, 2048)),
 ]
 
