@@ -60,9 +60,7 @@ def shape_advantages(
     if advantages.ndim == 1:
         advantages = advantages[:, None].expand(mask.shape)
     _check_values("advantages", advantages, mask & ~torch.isfinite(advantages), "finite numbers")
-    _check_values(
-        "weights", weights, mask & ~(torch.isfinite(weights) & (weights >= 0)), "finite numbers >= 0"
-    )
+    _check_values("weights", weights, mask & ~(torch.isfinite(weights) & (weights >= 0)), "finite numbers >= 0")
 
     weights = weights.to(torch.promote_types(weights.dtype, advantages.dtype))
     if normalize:
@@ -99,17 +97,13 @@ def _checked(advantages: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
         if name != "mask" and not value.is_floating_point():
             raise TypeError(f"{name} has dtype {value.dtype}: expected floating point")
         if value.device != advantages.device:
-            raise ValueError(
-                f"{name} is on {value.device}, advantages on {advantages.device}: move one of them"
-            )
+            raise ValueError(f"{name} is on {value.device}, advantages on {advantages.device}: move one of them")
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask has dtype {mask.dtype}: expected bool, or integers 0 and 1; use mask.bool()")
     if mask.ndim != 2:
         raise ValueError(f"mask has shape {list(mask.shape)}: expected [B, T]")
     if weights.shape != mask.shape:
-        raise ValueError(
-            f"weights has shape {list(weights.shape)}, mask {list(mask.shape)}: expected the same [B, T]"
-        )
+        raise ValueError(f"weights has shape {list(weights.shape)}, mask {list(mask.shape)}: expected the same [B, T]")
     if advantages.shape not in (mask.shape, mask.shape[:1]):
         raise ValueError(
             f"advantages has shape {list(advantages.shape)}: "
@@ -124,6 +118,4 @@ def _checked(advantages: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
 def _check_values(name: str, values: Tensor, wrong: Tensor, expected: str) -> None:
     if wrong.any():
         row, token = (int(i) for i in wrong.nonzero()[0])
-        raise ValueError(
-            f"{name} is {values[row, token].item()} at row {row}, token {token}: expected {expected}"
-        )
+        raise ValueError(f"{name} is {values[row, token].item()} at row {row}, token {token}: expected {expected}")

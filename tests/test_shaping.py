@@ -108,9 +108,7 @@ def test_keeps_the_dtype_of_the_advantages(advantage_dtype: torch.dtype, weight_
     advantages, weights, mask = case(0)
     shaped = shape_advantages(advantages.to(advantage_dtype), weights.to(weight_dtype), mask)
     assert shaped.dtype == advantage_dtype
-    torch.testing.assert_close(
-        shaped.float(), shape_advantages(advantages, weights, mask), rtol=2e-2, atol=1e-3
-    )
+    torch.testing.assert_close(shaped.float(), shape_advantages(advantages, weights, mask), rtol=2e-2, atol=1e-3)
 
 
 def test_leaves_its_inputs_alone() -> None:
