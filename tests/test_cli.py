@@ -589,7 +589,13 @@ def test_stopping_score_leaves_no_out(folder: Path, tmp_path: Path) -> None:
     path.write_text((json.dumps(ROWS[0]) + "\n") * 200_000)
     command = [sys.executable, "-m", "flowgraph.cli", "score", str(path), str(out), "-m", str(folder)]
     with subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, a shell has them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
         deadline = time.monotonic() + 90
         while not list(tmp_path.glob(".*.partial")) and time.monotonic() < deadline:
