@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from flowgraph.flow import Flow
-from flowgraph.graph import TokenGraph
+from flowgraph.graph import TokenGraph, check_masks
 from flowgraph.rows import Rows
 from flowgraph.sparsify import EdgeRule, Edges, TopK, check_weights
 
@@ -60,11 +60,9 @@ def exact_flow(
         ValueError: a mask or weight breaks a law, or reach is too small for float64 (only with weights that are no
             attention; `trace_flow` can hold it).
     """
-    N = rows.num_tokens
-    for name, mask in (("prompt_mask", prompt_mask), ("answer_mask", answer_mask), ("question_mask", question_mask)):
-        if mask is not None and (mask.shape != (N,) or mask.dtype != torch.bool):
-            raise ValueError(f"{name} must be a bool tensor of shape [N] = [{N}], got {list(mask.shape)} {mask.dtype}")
     question_mask = prompt_mask if question_mask is None else question_mask
+    masks = {"prompt_mask": prompt_mask, "answer_mask": answer_mask, "question_mask": question_mask}
+    check_masks(masks, num_tokens=rows.num_tokens)
     # Rows that flow may not enter: what they attend to gets nothing back from them.
     closed = prompt_mask & ~answer_mask if absorb_at_prompt else torch.zeros_like(prompt_mask)
     reach = _reach(rows, answer_mask, closed)
@@ -75,8 +73,7 @@ def exact_flow(
         )
     start = (question_mask & (reach > 0)).double()
     injection = start / start.sum().clamp(min=1)
-    roles |= {"prompt_mask": prompt_mask, "answer_mask": answer_mask, "question_mask": question_mask}
-    return _forward(rows, reach, injection, answer_mask, closed, TopK(32) if edges is None else edges, roles)
+    return _forward(rows, reach, injection, answer_mask, closed, TopK(32) if edges is None else edges, roles | masks)
 
 
 def _reach(rows: Rows, sinks: Tensor, closed: Tensor) -> Tensor:

@@ -96,10 +96,10 @@ class TokenGraph(Data):
         """
         masks = {"prompt_mask": prompt_mask, "answer_mask": answer_mask}
         masks |= {"question_mask": prompt_mask if question_mask is None else question_mask}
-        _check_masks(masks, num_tokens=len(prompt_mask))
+        check_masks(masks, num_tokens=len(prompt_mask))
         response_mask = ~prompt_mask if response_mask is None else response_mask
         credit_mask = response_mask & ~answer_mask if credit_mask is None else credit_mask
-        _check_masks({"response_mask": response_mask, "credit_mask": credit_mask}, num_tokens=len(prompt_mask))
+        check_masks({"response_mask": response_mask, "credit_mask": credit_mask}, num_tokens=len(prompt_mask))
         if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.dtype != torch.int64:
             raise ValueError(
                 f"edge_index must be [2, E] int64, got {list(edge_index.shape)} {edge_index.dtype}; "
@@ -233,7 +233,8 @@ def graph_batch(graph: Data) -> Tensor:
     return torch.zeros(graph.num_nodes, dtype=torch.int64, device=graph.edge_index.device) if batch is None else batch
 
 
-def _check_masks(masks: dict[str, Tensor], num_tokens: int) -> None:
+def check_masks(masks: dict[str, Tensor], num_tokens: int) -> None:
+    """Raise a ValueError that names the first mask which is no bool tensor [N]."""
     for name, mask in masks.items():
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (num_tokens,):
             came = f"{list(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -246,7 +247,7 @@ def _check_laws(graph: TokenGraph) -> None:
         raise ValueError(f"the graph has no {', '.join(missing)}; build it with TokenGraph.from_edges or from_dense")
     num_tokens, (source, target) = int(graph.num_nodes), graph.edge_index
     weight, ptr, batch = graph.edge_weight, graph_ptr(graph), graph_batch(graph)
-    _check_masks({name: graph[name] for name in MASKS}, num_tokens)
+    check_masks({name: graph[name] for name in MASKS}, num_tokens)
     for name in ("token_ids", "self_weight", "dropped"):
         if graph[name].shape != (num_tokens,):
             raise ValueError(f"{name} must have shape [N] = [{num_tokens}], got {list(graph[name].shape)}")
