@@ -1,8 +1,10 @@
 r"""Put token credits into advantages. Free of any trainer: tensors in, tensors out.
 
-    A'[b, t] = c[b, t] * A[b, t]
+    A'[b, t] = c[b, t] * A[b, t]                    shape_advantages
+    c        = 1 + part * (w - 1)                   warmed
+    part     = 0 .. 1, by the step of training      schedule
 
-in place of the advantage A in a policy-gradient loss, where c is the token's weight (1 for most tokens and
+in place of the advantage A in a policy-gradient loss, where w is the token's weight (1 for most tokens and
 1.5 for those that carry the flow, say). The loss, its denominator and the clipping stay the trainer's.
 
 Source: FlowTracer (arXiv 2606.10646, the part on credit), which leaves open for which signs of the advantage
@@ -43,7 +45,7 @@ def shape_advantages(
             or only "negative". An advantage of 0 stays 0 in any case.
         normalize: divide the weights of a row by their mean over its mask, so that shaping moves the update
             between the tokens of a response and not its size. It acts before `signs`. A row with an empty
-            mask stays as it is.
+            mask stays as it is, and so does one whose weights are all 0: nothing of it is trained on.
 
     Returns:
         [B, T], in the dtype of `advantages` and on its device.
@@ -51,7 +53,7 @@ def shape_advantages(
     Raises:
         TypeError: an argument is not a tensor of the kind named above.
         ValueError: shapes or devices that don't fit; under the mask, a NaN or infinite value or a negative
-            weight; unknown `signs`; or `normalize` with a row whose weights are all 0.
+            weight; or unknown `signs`.
     """
     mask = _checked(advantages, weights, mask)
     if signs not in get_args(Signs):
@@ -73,20 +75,65 @@ def shape_advantages(
     return torch.where(weighted, (weights * advantages).to(advantages.dtype), advantages)
 
 
+def schedule(step: int, warmup_steps: int = 0, anneal_after: int | None = None, anneal_steps: int = 0) -> float:
+    """How much of the credits counts at a step of training: 0 leaves plain advantages, 1 is all of it.
+
+        part = step / warmup_steps                           step < warmup_steps
+        part = 1                                             up to anneal_after
+        part = 1 - (step - anneal_after) / anneal_steps      from anneal_after on, never below 0
+
+    Without warm-up it starts at 1; with `anneal_steps` 0 it is 0 from step `anneal_after` on.
+
+    Args:
+        step: optimizer steps done, so 0 for the first one.
+        warmup_steps: steps over which it goes up linearly; at least 0.
+        anneal_after: the step from which on it goes down linearly, at least `warmup_steps`; None: never.
+        anneal_steps: the steps that this takes; at least 0, and 0 if `anneal_after` is None.
+
+    Raises:
+        TypeError: a step that is no whole number.
+        ValueError: a value outside the bounds above.
+    """
+    given = {"step": step, "warmup_steps": warmup_steps, "anneal_after": anneal_after, "anneal_steps": anneal_steps}
+    for name, value in given.items():
+        if value is None and name == "anneal_after":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}: expected a whole number of steps")
+        if value < 0:
+            raise ValueError(f"{name} is {value}: expected at least 0")
+    if anneal_after is None and anneal_steps:
+        raise ValueError(f"anneal_steps is {anneal_steps} and anneal_after None: nothing would be annealed; give both")
+    if anneal_after is not None and anneal_after < warmup_steps:
+        raise ValueError(f"anneal_after is {anneal_after}, before the end of warmup_steps {warmup_steps}")
+    if step < warmup_steps:
+        return step / warmup_steps
+    if anneal_after is None or step < anneal_after:
+        return 1.0
+    return max(0.0, 1 - (step - anneal_after) / anneal_steps) if anneal_steps else 0.0
+
+
+def warmed(weights: Tensor, part: float) -> Tensor:
+    """Weights, any shape, of which only a part counts: 1 + part * (w - 1). Part 1 changes no bit.
+
+    Every rule of `weights_from_scores` is linear in the gain, so this is the rule with gain 1 + part * (gain - 1).
+
+    Args:
+        weights: floating point.
+        part: in [0, 1], from `schedule`.
+    """
+    if not 0 <= part <= 1:
+        raise ValueError(f"part is {part}: expected 0 to 1")
+    return torch.lerp(torch.ones_like(weights), weights, part)
+
+
 def _mean_one(weights: Tensor, mask: Tensor) -> Tensor:
     """Weights [B, T] over their mean in each row's mask."""
     # The sum is in float32 at least: bfloat16 cannot count beyond 256.
     wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
     total = wide.where(mask, 0).sum(dim=1, keepdim=True)
     count = mask.sum(dim=1, keepdim=True)
-    empty = (count > 0) & (total == 0)
-    if empty.any():
-        row = int(empty[:, 0].nonzero()[0])
-        raise ValueError(
-            f"weights[{row}] is 0 at every token of the mask: normalize=True has no mean to divide by; "
-            "leave the row out of the mask, give it uniform weights or set normalize=False"
-        )
-    return torch.where(count > 0, wide * count / total, wide)
+    return torch.where(total > 0, wide * count / total, wide)
 
 
 def _checked(advantages: Tensor, weights: Tensor, mask: Tensor) -> Tensor:

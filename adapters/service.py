@@ -1,0 +1,217 @@
+"""Credits for trainers whose controller has no model at hand: a scorer with weights of its own, from a configuration.
+
+    configuration (mapping, file, or the file named by FLOWGRAPH_CONFIG)
+      -> ServiceConfig -> a Scorer in this process, or Ray actors -> Service, a Crediting that refreshes itself
+
+A file in YAML, TOML or JSON, or the same keys in the trainer's own configuration:
+
+    model: Qwen/Qwen3-4B          # a name or a folder; the policy's starting point, or a smaller one of its family
+    workers: 1                    # 0: in this process; n: that many Ray actors
+    gpus_per_worker: 1
+    refresh_from: /ckpt/actor     # where the trainer leaves checkpoints of transformers; the newest one is taken over
+    flow:                         # a FlowConfig
+      gain: 1.5
+      answer: "boxed"
+
+Shapes: see `flowgraph.rl.crediting`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowgraph.rl.config import FlowConfig
+from flowgraph.rl.crediting import Crediting, Factors
+from flowgraph.rl.scorer import Credits, Scorer
+
+ENVIRONMENT = "FLOWGRAPH_CONFIG"
+SETTLED_SECONDS = 30.0
+"""A checkpoint counts as complete if none of its files has changed for so long."""
+
+
+@dataclass(frozen=True)
+class ServiceConfig:
+    """Which model scores, and where it runs.
+
+    Attributes:
+        model: name or folder of the model that is traced, with the tokenizer of the policy.
+        tokenizer: name or folder; None: as `model`.
+        dtype: "auto" (as it was saved), "float32", "bfloat16", ... device: "auto" (a GPU if this process sees one),
+            "cpu", "cuda:0", ... Ray gives an actor its own GPUs.
+        workers: 0: in this process; n: so many Ray actors, each with its own copy.
+        gpus_per_worker, cpus_per_worker: what Ray reserves for each.
+        timeout: seconds for one chunk of rollouts on an actor.
+        refresh_from: a folder in which the trainer leaves checkpoints of transformers, at any depth. Before a step the
+            newest complete one is taken over. None: the scorer stays as it is; "flow/scorer_age" in the log shows it.
+        flow: the `FlowConfig`.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    workers: int = 0
+    gpus_per_worker: float = 0
+    cpus_per_worker: float = 1
+    timeout: float = 600.0
+    refresh_from: str | None = None
+    flow: FlowConfig = field(default_factory=FlowConfig)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model must be the name or folder of a model, got {self.model!r}")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f'dtype must be "auto" or a dtype of torch such as "bfloat16", got {self.dtype!r}')
+        for name in ("workers", "gpus_per_worker", "cpus_per_worker"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.gpus_per_worker and not self.workers:
+            raise ValueError(f"gpus_per_worker is {self.gpus_per_worker}, but workers is 0: set workers too")
+        if self.timeout <= 0:
+            raise ValueError(f"timeout must be > 0 seconds, got {self.timeout}")
+        if self.flow.scorer is not None:
+            raise ValueError("flow.scorer is for trainers that hold their policy; here `model` names the scorer")
+
+    @classmethod
+    def read(cls, source: Mapping[str, Any] | str | Path | None = None) -> ServiceConfig:
+        """From a mapping, a file (.yaml, .yml, .toml, .json), or the file that FLOWGRAPH_CONFIG names.
+
+        Raises:
+            ValueError: no configuration, an unknown key, or a value that does not fit; it says where it came from.
+        """
+        where = "the configuration of flowgraph"
+        if source is None:
+            source = os.environ.get(ENVIRONMENT)
+            if not source:
+                raise ValueError(
+                    f"no configuration of credits: give one, or set {ENVIRONMENT} to a YAML, TOML or JSON file with "
+                    "at least `model`"
+                )
+        if isinstance(source, str | Path):
+            where, source = str(source), _load_file(Path(source))
+        known = {one.name: str(one.type) for one in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, value in source.items():
+            if name not in known:
+                raise ValueError(f"{where}: {name} is no key; there are: {', '.join(known)}")
+            values[name] = value
+        if "model" not in values:
+            raise ValueError(f"{where}: model is missing, the name or folder of the model that scores")
+        try:
+            for name, kind in known.items():
+                if isinstance(values.get(name), str) and kind in ("int", "float"):
+                    values[name] = int(values[name]) if kind == "int" else float(values[name])
+            if not isinstance(values.get("flow"), FlowConfig):
+                values["flow"] = FlowConfig.from_dict(values.get("flow") or {})
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def load(self) -> tuple[Any, Any]:
+        """(model, tokenizer), on their device and in evaluation mode."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(self.tokenizer or self.model)
+
+    def scorer(self) -> Credits:
+        """The scorer in this process, or the pool of actors."""
+        if not self.workers:
+            return Scorer(*self.load(), self.flow)
+        from flowgraph.adapters.ray import RayScorer
+
+        return RayScorer(
+            partial(ServiceConfig.load, self),
+            self.flow,
+            workers=self.workers,
+            num_cpus=self.cpus_per_worker,
+            num_gpus=self.gpus_per_worker,
+            timeout=self.timeout,
+        )
+
+
+class Service(Crediting):
+    """A `Crediting` that makes its scorer when it is first used, and takes over new checkpoints before a step."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        super().__init__(config.scorer(), config.flow)
+        self.service = config
+        self._loaded: Path | None = None
+        self._loaded_at_step: int | None = None
+
+    def factors(self, *args: Any, step: int = 0, **kwargs: Any) -> Factors:
+        """As `Crediting.factors`; the metrics have "flow/scorer_age" too, steps since the scorer got its weights."""
+        self.refresh_if_newer(step)
+        found = super().factors(*args, step=step, **kwargs)
+        born = self._loaded_at_step if self._loaded_at_step is not None else 0
+        found.means["scorer_age"] = float(max(0, step - born))
+        return found
+
+    def refresh_if_newer(self, step: int) -> bool:
+        """Take over the newest complete checkpoint below `refresh_from`, if there is a new one."""
+        if self.service.refresh_from is None:
+            return False
+        newest = newest_checkpoint(Path(self.service.refresh_from))
+        if newest is None or newest == self._loaded:
+            return False
+        self.scorer.refresh(newest)
+        self._loaded, self._loaded_at_step = newest, step
+        return True
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest folder below (or at) `folder` with a complete checkpoint of transformers; None if there is none."""
+    found = []
+    for config in folder.rglob("config.json"):
+        weights = [*config.parent.glob("*.safetensors"), *config.parent.glob("*.safetensors.index.json")]
+        if weights:
+            latest = max(path.stat().st_mtime for path in [config, *weights])
+            if time.time() - latest >= SETTLED_SECONDS:
+                found.append((latest, config.parent))
+    return max(found)[1] if found else None
+
+
+_SERVICES: dict[str, Service] = {}
+
+
+def crediting(source: ServiceConfig | Mapping[str, Any] | str | Path | None = None) -> Service:
+    """The `Service` of a configuration: made at the first call, the same one in every later call of this process."""
+    config = source if isinstance(source, ServiceConfig) else ServiceConfig.read(source)
+    key = repr(config)
+    if key not in _SERVICES:
+        _SERVICES[key] = Service(config)
+    return _SERVICES[key]
+
+
+def _load_file(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: expected the configuration of credits in YAML, TOML or JSON")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix in (".yaml", ".yml"):
+        import yaml  # type: ignore[import-untyped]
+
+        values = yaml.safe_load(text)
+    elif path.suffix == ".toml":
+        try:
+            import tomllib
+        except ImportError as error:  # Python 3.10
+            raise ValueError(f"{path}: TOML needs Python 3.11; write it as YAML or JSON") from error
+        values = tomllib.loads(text)
+    elif path.suffix == ".json":
+        values = json.loads(text)
+    else:
+        raise ValueError(f"{path} must end in .yaml, .yml, .toml or .json")
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} must hold keys and values, with at least `model`; got {type(values).__name__}")
+    return values

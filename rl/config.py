@@ -1,0 +1,155 @@
+"""FlowConfig: how a trainer gets its credits; the one place where all of it is named and checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
+
+import torch
+
+from flowgraph.answers import find_answer
+from flowgraph.credit import SCORES, weights_from_scores
+from flowgraph.options import Options
+from flowgraph.rl.baselines import BASELINES, HeadGroups
+from flowgraph.rl.shaping import Signs, schedule
+from flowgraph.spans import NO_ANSWER, PRESETS
+from flowgraph.sparsify import Mass, Threshold, TopK
+
+
+@dataclass(frozen=True)
+class FlowConfig(Options):
+    """How a trainer gets its credits: the `Options` of a `Tracer`, and what is done with the weights.
+
+    `score` may also name a baseline of `flowgraph.rl.BASELINES` ("random", "entropy", ...): it then goes through the
+    same recipe as flow, so that runs differ in nothing else.
+
+    Attributes:
+        signs: the advantages that are weighted: "both", only "positive" or only "negative".
+        normalize: divide the weights of a response by their mean, so that its share of the update keeps its size.
+        per: "sequence": a rule looks at each response by itself; "batch": at all tokens of the step at once.
+        warmup_steps: steps over which the weights go linearly from 1 to what `gain` makes of them.
+        anneal_after, anneal_steps: from that step on they go linearly back to 1, over so many steps; None: never.
+        max_batch_tokens: tokens, pads included, of one forward pass for credits. A longer response goes alone.
+        seed: of the baseline "random".
+        heads: local and global heads of the baselines that need them; None: calibrated once, on the longest responses
+            of the first call. Give them where runs have to compare.
+        scorer: the model or `Scorer` that traces; None: the policy itself. Another one must have the same tokenizer.
+            Only for trainers that hold their policy in the same process (TRL).
+        refresh_steps: copy the policy's weights into `scorer` every so many steps; 0: never.
+        reuse: take credits in the forward pass that computes old log-probabilities where the trainer has one.
+    """
+
+    signs: Signs = "both"
+    normalize: bool = False
+    per: str = "sequence"
+    warmup_steps: int = 0
+    anneal_after: int | None = None
+    anneal_steps: int = 0
+    max_batch_tokens: int = 16384
+    seed: int = 0
+    heads: HeadGroups | None = None
+    scorer: Any = field(default=None, repr=False)
+    refresh_steps: int = 0
+    reuse: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # What else would only show up as samples that fail, one by one.
+        for name, choices in (
+            ("score", (*SCORES, *BASELINES)),
+            ("preset", PRESETS),
+            ("no_answer", NO_ANSWER),
+            ("signs", get_args(Signs)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
+        one = torch.ones(1)
+        how: dict[str, Any] = {"top": self.top, "gain": self.gain, "temperature": self.temperature, "per": self.per}
+        weights_from_scores(one, one.bool(), self.rule, **how)
+        schedule(0, self.warmup_steps, self.anneal_after, self.anneal_steps)
+        find_answer("", self.answer)
+        if self.question != "prompt":
+            raise ValueError(f'question must be "prompt", got {self.question!r}: a trainer keeps ids, not messages')
+        for name, least in (("tail_tokens", 1), ("max_batch_tokens", 1), ("refresh_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.refresh_steps and self.scorer is None:
+            raise ValueError(f"refresh_steps is {self.refresh_steps}, but there is no scorer to refresh; pass one")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields of `Options`, by name, for a `Tracer`; a baseline needs no tracer of its own."""
+        values = {option.name: getattr(self, option.name) for option in fields(Options)}
+        return values | ({"score": SCORES[0]} if self.score in BASELINES else {})
+
+    def part(self, step: int) -> float:
+        """How much of the gain holds at a step, counted from 0: warm-up and annealing."""
+        return schedule(step, self.warmup_steps, self.anneal_after, self.anneal_steps)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FlowConfig:
+        r"""Make one of what YAML, JSON or a command line can say.
+
+        Numbers and truth values may be text. `answer` may be "re:" and a regular expression ("re:Result: (\S+)").
+        `edges` may be a rule with its number: {"top_k": 32}, {"threshold": 0.004} or {"mass": 0.9}. `layers` may be
+        "middle", "all" or numbers.
+
+        Raises:
+            ValueError: an unknown key, or a value that cannot be read as what its key takes.
+        """
+        known = {option.name: str(option.type) for option in fields(cls) if option.name != "scorer"}
+        read = {}
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(f"{name} is no option of credits; there are: {', '.join(sorted(known))}")
+            read[name] = _READERS.get(name, _plain)(name, value, known[name])
+        return cls(**read)
+
+
+def _plain(name: str, value: Any, kind: str) -> Any:
+    if not isinstance(value, str) or "str" in kind or kind == "Signs":
+        return value
+    if value.lower() in ("none", "null") and "None" in kind:
+        return None
+    try:
+        if "bool" in kind:
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        return int(value) if "int" in kind else float(value)
+    except (KeyError, ValueError):
+        raise ValueError(f"{name} must be {kind}, got {value!r}") from None
+
+
+def _answer(name: str, value: Any, kind: str) -> Any:
+    if not (isinstance(value, str) and value.startswith("re:")):
+        return value
+    try:
+        return re.compile(value.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(f"{name} is no regular expression: {value!r}: {error}") from error
+
+
+def _edges(name: str, value: Any, kind: str) -> Any:
+    rules: dict[str, Any] = {"threshold": Threshold, "top_k": TopK, "mass": Mass}
+    if value is None or hasattr(value, "keep"):
+        return value
+    if not (isinstance(value, Mapping) and len(value) == 1 and (rule := next(iter(value))) in rules):
+        raise ValueError(f"{name} must be one of {', '.join(rules)} with its number, as {{'top_k': 32}}; got {value!r}")
+    return rules[rule](int(value[rule]) if rule == "top_k" else float(value[rule]))
+
+
+def _layers(name: str, value: Any, kind: str) -> Any:
+    if value in ("middle", "all"):
+        return value
+    try:
+        return [int(layer) for layer in (value.strip("[]").split(",") if isinstance(value, str) else value)]
+    except (TypeError, ValueError):
+        raise ValueError(f'{name} must be "middle", "all" or layer numbers, got {value!r}') from None
+
+
+def _heads(name: str, value: Any, kind: str) -> Any:
+    return HeadGroups.from_dict(value) if isinstance(value, Mapping) else value
+
+
+_READERS = {"heads": _heads, "answer": _answer, "edges": _edges, "layers": _layers}
