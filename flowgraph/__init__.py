@@ -17,6 +17,7 @@ from flowgraph._version import __version__
 if TYPE_CHECKING:
     from flowgraph.answers import find_answer
     from flowgraph.capture import Capture, capture
+    from flowgraph.coarse import contract
     from flowgraph.credit import Credit, credit, weights_from_scores
     from flowgraph.exact import exact_flow
     from flowgraph.flow import Flow, trace_flow
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from flowgraph.layers import AnswerReachability, FlowPropagation
     from flowgraph.options import Options
     from flowgraph.rows import AttentionRows, DenseRows
+    from flowgraph.segments import Segments, split
     from flowgraph.spans import locate
     from flowgraph.sparsify import Edges, Mass, Threshold, TopK, sparsify
     from flowgraph.trace import Trace, Traces
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
 _HOME = {
     "answers": ("find_answer",),
     "capture": ("Capture", "capture"),
+    "coarse": ("contract",),
     "credit": ("Credit", "credit", "weights_from_scores"),
     "exact": ("exact_flow",),
     "flow": ("Flow", "trace_flow"),
     "graph": ("TokenGraph",),
     "layers": ("AnswerReachability", "FlowPropagation"),
     "rows": ("AttentionRows", "DenseRows"),
+    "segments": ("Segments", "split"),
     "sparsify": ("Edges", "Mass", "Threshold", "TopK", "sparsify"),
     "spans": ("locate",),
     "options": ("Options",),
@@ -77,6 +81,7 @@ __all__ = [
     "FlowPropagation",
     "Mass",
     "Options",
+    "Segments",
     "Threshold",
     "TokenGraph",
     "TopK",
@@ -85,11 +90,13 @@ __all__ = [
     "Traces",
     "__version__",
     "capture",
+    "contract",
     "credit",
     "exact_flow",
     "find_answer",
     "locate",
     "sparsify",
+    "split",
     "trace_flow",
     "weights_from_scores",
 ]

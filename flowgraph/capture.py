@@ -4,6 +4,7 @@ How: for the length of one forward pass the model's configuration names an atten
 called in every softmax layer after rotary embedding and normalisation, keeps q and k of the chosen layers, and hands
 over to the kernel that the model is really configured with. In the deepest chosen layer it ends the pass: neither the
 layers above nor the LM head run. Afterwards the configuration is as it was; no hook or module is ever added.
+`recording` does the same in forward passes that somebody else runs, and runs them to their end.
 
 The mask function registered beside it keeps a description of the mask in place of a mask [N, N], and every tile of it
 is evaluated when it is needed; so padding, sliding windows and packed documents hold in the rows as they hold in the
@@ -15,7 +16,7 @@ Shapes: B rows of a batch, T their length with pads, N tokens of one trace, H qu
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -54,7 +55,9 @@ class _Mask:
     use_vmap: bool
     offset: int
     kernel_mask: Any
-    """The mask that the configured kernel wants, where that isn't an [N, N] tensor (flash, flex)."""
+    """The mask that the configured kernel wants, where that isn't an [N, N] tensor (flash, flex) or `is_made`."""
+    is_made: bool = False
+    """Is `kernel_mask` what the model itself would have made, whatever its kernel?"""
 
     @property
     def is_causal(self) -> bool:
@@ -106,38 +109,69 @@ class Capture:
     model: str
     layers: list[int]
     _kept: list[_Layer] = field(repr=False)
+    _batch: tuple[int, ...] | None = field(default=None, repr=False)
+    """The rows of the batch that this is of; None: all."""
 
     @property
     def device(self) -> torch.device:
         """Where the queries and keys are, and with them all that is made from them."""
         return self._kept[0].query.device
 
-    def rows(self, row: int, positions: Tensor, block: int | None = None) -> AttentionRows:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T) of the batch that the model saw."""
+        query = self._kept[0].query
+        return query.shape[0] if self._batch is None else len(self._batch), query.shape[2]
+
+    def select(self, rows: Sequence[int]) -> Capture:
+        """Some rows of the batch, as a batch of their own. Nothing is copied."""
+        batch = range(self.shape[0]) if self._batch is None else self._batch
+        return Capture(self.model, self.layers, self._kept, tuple(batch[row] for row in rows))
+
+    @property
+    def num_heads(self) -> dict[int, int]:
+        """Layer number -> number of its query heads."""
+        return {layer: kept.query.shape[1] for layer, kept in zip(self.layers, self._kept, strict=True)}
+
+    def rows(
+        self,
+        row: int,
+        positions: Tensor,
+        block: int | None = None,
+        heads: Mapping[int, Sequence[int]] | None = None,
+    ) -> AttentionRows:
         """The attention among some tokens of one row of the batch, as a stream of row blocks.
 
         Args:
             row: number of the row in the batch.
             positions: [N] int64, ascending: the positions of the trace's tokens in that row (no pads, one document).
+            block: rows per block; default: as many as `flowgraph.rows.BLOCK_BYTES` holds.
+            heads: layer number -> its query heads that take part; default: all heads of all chosen layers. The mean is
+                over the heads, so a layer with more of them counts more.
         """
+        if heads is not None and (not heads or not set(heads) <= set(self.layers)):
+            raise ValueError(f"heads must be of some of the layers {self.layers}, got layers {sorted(heads)}")
+        row = row if self._batch is None else self._batch[row]
         positions = positions.to(self.device)
         start, N = int(positions[0]), len(positions)
         # A slice is a view; only a trace with holes has to be copied.
         index: Any = slice(start, start + N) if int(positions[-1]) == start + N - 1 else positions
         tiles = {}
         layers = []
-        for kept in self._kept:
+        for number, kept in zip(self.layers, self._kept, strict=True):
+            if heads is not None and number not in heads:
+                continue
             if not kept.mask.is_causal and id(kept.mask) not in tiles:
                 tiles[id(kept.mask)] = _bind(kept.mask, row)
-            layers.append(
-                LayerQK(
-                    query=kept.query[row][:, index],
-                    key=kept.key[row][:, index],
-                    scaling=kept.scaling,
-                    softcap=kept.softcap,
-                    sink_logits=kept.sink_logits,
-                    visible=tiles.get(id(kept.mask)),
-                )
+            layer = LayerQK(
+                query=kept.query[row][:, index],
+                key=kept.key[row][:, index],
+                scaling=kept.scaling,
+                softcap=kept.softcap,
+                sink_logits=kept.sink_logits,
+                visible=tiles.get(id(kept.mask)),
             )
+            layers.append(layer if heads is None else layer.only(heads[number]))
         return AttentionRows(layers, positions, block)
 
 
@@ -169,17 +203,73 @@ def capture(
         ValueError: the model doesn't use the attention interface, or a layer asked for by number has no softmax
             attention; the message lists what there is.
     """
-    model = _unwrap(model)
-    device = next(model.parameters()).device
-    input_ids = input_ids.to(device)
+    model = unwrap(model)
+    input_ids = input_ids.to(_device_of(model))
     softmax_layers = softmax_layers_of(model, input_ids)
     chosen = choose_layers(softmax_layers, layers)
-    inputs = _model_inputs(input_ids, attention_mask, position_ids)
+    inputs = model_inputs(input_ids, attention_mask, position_ids)
     packed = position_ids is not None and is_packed(position_ids, attention_mask)
     recorder = _Recorder(frozenset(chosen), chosen[-1], documents_of(inputs["position_ids"]) if packed else None)
     _forward(model, recorder, inputs)
     kept = [recorder.kept[layer] for layer in chosen]
     return Capture(_name_of(model), chosen, kept)
+
+
+@contextmanager
+def recording(
+    model: nn.Module, *, layers: Layers = "middle", on_capture: Callable[[Capture], None] | None = None
+) -> Iterator[list[Capture]]:
+    """Keep queries and keys of the forward passes that run anyway inside the block: no pass of our own.
+
+        with torch.no_grad(), recording(policy) as captures:
+            logits = policy(input_ids, attention_mask=attention_mask).logits
+        Tracer(policy, tokenizer).from_ids(input_ids, attention_mask, prompt_mask, captured=captures[0])
+
+    Every pass runs to its end, in the mode that the model is in, with the mask and the kernel that it would have had:
+    its outputs are the same to the bit. Dropout that acts in the pass acts in what is captured too. A model under
+    `torch.compile` is compiled anew: correct, but slow; read it with `capture`, which runs it uncompiled.
+
+    Args:
+        model: what `capture` takes; the passes may call it or anything that wraps it (DDP, PEFT, accelerate, FSDP2).
+            Unless it was captured before, a pass over four tokens comes first, to see which layers have attention;
+            where the model is sharded, all processes have to enter together.
+        layers: as in `capture`.
+        on_capture: called in the middle of each pass, as soon as its deepest chosen layer is reached, with what
+            would have gone to the list; once it returns, nothing here holds that pass's queries and keys any more.
+            An exception in it ends the pass.
+
+    Yields:
+        One `Capture` per pass, in their order; empty with `on_capture`.
+
+    Raises:
+        ValueError: as in `capture`; or, inside the block, a pass whose queries are not all of its tokens (a step of
+            generation, or with prefixes in the cache).
+        RuntimeError: inside the block, a pass with gradients (checkpointing would run it again in backward); or the
+            model is being read already.
+    """
+    inner = unwrap(model)
+    softmax_layers = softmax_layers_of(inner, torch.zeros(1, 4).long())
+    chosen = choose_layers(softmax_layers, layers)
+    captures: list[Capture] = []
+    recorder = _Recorder(
+        frozenset(chosen),
+        chosen[-1],
+        documents=None,
+        members=frozenset(map(id, inner.modules())),
+        finish=lambda kept: (on_capture or captures.append)(
+            Capture(_name_of(inner), chosen, [kept[layer] for layer in chosen])
+        ),
+    )
+    token = _RECORDER.set(recorder)
+    try:
+        with _our_implementation(inner, recorder):
+            yield captures
+    finally:
+        _RECORDER.reset(token)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _name_of(model: Any) -> str:
@@ -194,12 +284,12 @@ def softmax_layers_of(model: nn.Module, input_ids: Tensor) -> list[int]:
     What a model *does* is the only reliable list: names of layer types differ between architectures. The answer is
     kept as long as the model lives.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     if model not in _SOFTMAX_LAYERS:
         recorder = _Recorder(wanted=frozenset(), last=None, documents=None)
         failure = None
         try:
-            _forward(model, recorder, _model_inputs(input_ids[:1, :4], None, None))
+            _forward(model, recorder, model_inputs(input_ids[:1, :4].to(_device_of(model)), None, None))
         except Exception as error:
             # A model that took our mask without calling our attention has tripped over the mask.
             if recorder.seen or not recorder.masks:
@@ -257,15 +347,19 @@ class _Recorder:
     """How many masks the model has asked for."""
     seen: set[int] = field(default_factory=set)
     kept: dict[int, _Layer] = field(default_factory=dict)
+    members: frozenset[int] = frozenset()
+    """ids of the modules that are recorded: another model may share the configuration."""
+    finish: Callable[[dict[int, _Layer]], None] | None = None
+    """Where the pass is somebody else's: what takes the layers once `last` is reached. None: the pass ends there."""
 
 
-def _unwrap(model: nn.Module) -> Any:
+def unwrap(model: nn.Module) -> Any:
     """The model itself inside `torch.compile` (an exception must not cross compiled code) and DDP."""
     model = getattr(model, "_orig_mod", model)
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def _model_inputs(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> dict[str, Tensor]:
+def model_inputs(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> dict[str, Tensor]:
     """What to call the model with, so that pads and packed documents are understood and nothing else is passed."""
     inputs = {"input_ids": input_ids}
     padded = attention_mask is not None and not bool(attention_mask.all())
@@ -307,7 +401,7 @@ def documents_of(position_ids: Tensor) -> Tensor:
 def _forward(model: Any, recorder: _Recorder, inputs: dict[str, Tensor]) -> None:
     token = _RECORDER.set(recorder)
     try:
-        with _evaluation_mode(model), _our_implementation(model, recorder):
+        with evaluation_mode(model), _our_implementation(model, recorder):
             model(**inputs, use_cache=False)
     except _Done:
         pass
@@ -316,7 +410,7 @@ def _forward(model: Any, recorder: _Recorder, inputs: dict[str, Tensor]) -> None
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No dropout, no gradient checkpointing; each module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -340,6 +434,8 @@ def _our_implementation(model: nn.Module, recorder: _Recorder) -> Iterator[None]
         if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
     }
     recorder.implementations = {key: config._attn_implementation_internal for key, config in configs.items()}
+    if _NAME in recorder.implementations.values():
+        raise RuntimeError("model: its attention is being read already, by an enclosing recording or another thread")
     try:
         for config in configs.values():
             config._attn_implementation_internal = _NAME
@@ -352,7 +448,7 @@ def _our_implementation(model: nn.Module, recorder: _Recorder) -> Iterator[None]
 def _active() -> _Recorder:
     recorder = _RECORDER.get()
     if recorder is None:
-        raise RuntimeError('the attention implementation "flowgraph" works only inside flowgraph.capture.capture')
+        raise RuntimeError('the attention implementation "flowgraph" works only inside capture or recording')
     return recorder
 
 
@@ -367,13 +463,19 @@ def _mask(config: Any, **arguments: Any) -> _Mask:
         arguments["allow_is_causal_skip"] = False
     implementation = recorder.implementations[id(config)]
     kernel_mask = None
-    if implementation not in (None, "eager", "sdpa"):
+    is_made = recorder.finish is not None
+    if is_made or implementation not in (None, "eager", "sdpa"):
         # flash attention wants the mask of pads, flex attention a BlockMask: neither is [N, N].
-        make = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+        make = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation or "eager")
         kernel_mask = make(config=config, **arguments) if make else None
-    padding = arguments.get("attention_mask")
-    function = arguments["mask_function"]
-    return _Mask(function, padding, bool(arguments.get("use_vmap")), int(arguments.get("q_offset", 0)), kernel_mask)
+    return _Mask(
+        function=arguments["mask_function"],
+        padding=arguments.get("attention_mask"),
+        use_vmap=bool(arguments.get("use_vmap")),
+        offset=int(arguments.get("q_offset", 0)),
+        kernel_mask=kernel_mask,
+        is_made=is_made,
+    )
 
 
 def _attention(
@@ -388,7 +490,10 @@ def _attention(
             f"{type(module).__name__} of layer {layer} did not take its mask from the mask interface of transformers; "
             "its attention cannot be read"
         )
-    if layer in recorder.wanted:
+    recorded = recorder.finish is None or id(module) in recorder.members
+    if recorder.finish is not None and recorded:
+        _check_pass(layer, query, key)
+    if recorded and layer in recorder.wanted:
         scaling = arguments.get("scaling")
         recorder.kept[layer] = _Layer(
             query=query,
@@ -398,10 +503,27 @@ def _attention(
             sink_logits=None if (sinks := arguments.get("s_aux")) is None else sinks.detach(),
             mask=attention_mask,
         )
-    if layer == recorder.last:
-        raise _Done
+    if recorded and layer == recorder.last:
+        if recorder.finish is None:
+            raise _Done
+        kept, recorder.kept = recorder.kept, {}
+        with torch.autocast(query.device.type, enabled=False):  # it is for the model, not for what is made of q and k
+            recorder.finish(kept)
+        del kept
     implementation = recorder.implementations[id(module.config)]
     return _run_kernel(implementation, module, query, key, value, attention_mask, arguments), None
+
+
+def _check_pass(layer: int, query: Tensor, key: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "recording works without gradients only: put torch.no_grad() around the pass, or take capture"
+        )
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"layer {layer} was called with {query.shape[2]} queries for {key.shape[2]} keys: recording reads passes "
+            "over whole sequences, no steps of generation"
+        )
 
 
 def _run_kernel(
@@ -419,6 +541,8 @@ def _run_kernel(
         kernel: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
     else:
         kernel = ALL_ATTENTION_FUNCTIONS[implementation]
+    if mask.is_made and implementation in (None, "eager", "sdpa"):
+        return kernel(module, query, key, value, mask.kernel_mask, **arguments)[0]
     if implementation not in (None, "eager", "sdpa"):
         module.config._attn_implementation_internal = implementation  # flash kernels look at it
         try:

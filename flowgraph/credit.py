@@ -1,13 +1,26 @@
 """Scores -> token weights: every rule of it, and credit, which applies one to a flow.
 
-A weight multiplies a token's term in a policy-gradient loss. Every rule gives 1 to tokens outside the mask and to
-tokens with score 0 ("never a token without flow"), and weights between 1 and `gain` to the others:
+A weight multiplies a token's term in a policy-gradient loss. Over the n tokens of the mask, with scores s >= 0:
 
-    top           gain for the ceil(top * n) highest of the n tokens in the mask, 1 for the rest; ties go to the earlier
-                  token (arXiv 2606.10646: top = 0.4, gain = 1.5)
+    top           gain for the ceil(top * n) highest, 1 for the rest (arXiv 2606.10646: top = 0.4, gain = 1.5)
     proportional  1 + (gain - 1) * s / max s
     rank          1 + (gain - 1) * (share of the mask's tokens with a score <= s)
     softmax       1 + (gain - 1) * exp((s - max s) / (temperature * std of s))
+    keep          1 for the ceil(top * n) highest, 0 for the rest: those are not trained on; `gain` plays no part
+                  (arXiv 2506.01939, there by entropy: top = 0.2)
+
+What every rule promises:
+
+    outside the mask                      weight 1
+    a trace without any positive score    weight 1 at all its tokens
+    a token of the mask with score 0      never picked: weight 1, with "keep" weight 0
+    weights                               between 1 and gain, with "keep" 0 or 1
+    ties for the last place               the earlier trace, then the earlier token
+    all scores times the same factor      the same weights
+
+Per "sequence" a rule looks at one trace at a time: n, max, std and shares are those of its mask. Per "batch" it looks
+at all traces with a positive score as if they were one: of some traces more than the share `top` is picked, of some
+nothing.
 
 Shapes: T tokens of a trace, B traces, N tokens of all graphs of a flow.
 """
@@ -26,6 +39,7 @@ from flowgraph.flow import Flow
 from flowgraph.graph import graph_batch, graph_ptr
 
 SCORES = ("throughput", "reach")
+PER = ("sequence", "batch")
 
 
 def weights_from_scores(
@@ -36,24 +50,29 @@ def weights_from_scores(
     top: float = 0.4,
     gain: float = 1.5,
     temperature: float = 1.0,
+    per: str = "sequence",
 ) -> Tensor:
-    """Turn scores into weights, each trace by itself.
+    """Turn scores into weights.
 
     Args:
         scores: [T] or [B, T], finite and >= 0 inside the mask; anything may stand outside.
         mask: bool, same shape: the tokens that take part.
-        rule: "top", "proportional", "rank" or "softmax" (formulas at the top of this module).
-        top: share of the tokens that "top" picks, in (0, 1]. gain: the highest weight, >= 0 (below 1 it damps).
+        rule: "top", "proportional", "rank", "softmax" or "keep" (formulas at the top of this module).
+        top: share of the tokens that "top" and "keep" pick, in (0, 1].
+        gain: the highest weight, >= 0 (below 1 it damps). Not used by "keep".
         temperature: of "softmax", > 0, in standard deviations of the scores.
+        per: "sequence": each trace by itself; "batch": all traces together. The same for scores [T].
 
     Returns:
-        Weights, float, same shape: 1 outside the mask.
+        Weights, same shape and dtype as scores; what they promise is listed at the top of this module.
 
     Raises:
         ValueError: names the argument, the trace and the token.
     """
     if rule not in _RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, _RULES))}, got {rule!r}")
+    if per not in PER:
+        raise ValueError(f"per must be one of {', '.join(map(repr, PER))}, got {per!r}")
     if not 0 < top <= 1:
         raise ValueError(f"top must be in (0, 1], got {top}")
     if not (math.isfinite(gain) and gain >= 0):
@@ -70,10 +89,17 @@ def weights_from_scores(
         raise ValueError(
             f"scores of trace {row}, token {token} is {float(rows[row, token])}; scores must be finite and >= 0"
         )
-    rows = rows.masked_fill(~masks, 0)
-    strength = _RULES[rule](rows, masks, top, temperature)
-    weights = torch.where(masks & (rows > 0), 1 + (gain - 1) * strength, 1)
-    return weights.view(scores.shape).to(scores.dtype)
+    # In float32 at least: sums of half-precision scores over a batch would not fit.
+    rows = rows.masked_fill(~masks, 0).to(torch.promote_types(rows.dtype, torch.float32))
+    # A trace without any positive score has nothing to rank and must not count among the others' tokens.
+    masks = masks & (rows > 0).any(-1, keepdim=True)
+    size = rows.shape
+    if per == "batch":
+        rows, masks = rows.reshape(1, -1), masks.reshape(1, -1)
+    strength = _RULES[rule](rows, masks, top, temperature).masked_fill(rows == 0, 0)
+    low, high = (0.0, 1.0) if rule == "keep" else (1.0, gain)
+    weights = torch.where(masks, low + (high - low) * strength, 1)
+    return weights.view(size).view(scores.shape).to(scores.dtype)
 
 
 # Each rule: scores [B, T] (0 outside the mask), mask [B, T] -> strength [B, T] in [0, 1].
@@ -95,7 +121,7 @@ def _proportional(scores: Tensor, mask: Tensor, top: float, temperature: float) 
 def _rank(scores: Tensor, mask: Tensor, top: float, temperature: float) -> Tensor:
     ordered = scores.masked_fill(~mask, torch.inf).sort(dim=-1).values
     below = torch.searchsorted(ordered, scores.contiguous(), right=True)
-    return (below / mask.sum(-1, keepdim=True).clamp(min=1)).clamp(max=1).to(scores)
+    return (below.to(scores) / mask.sum(-1, keepdim=True).clamp(min=1)).clamp(max=1)
 
 
 def _softmax(scores: Tensor, mask: Tensor, top: float, temperature: float) -> Tensor:
@@ -115,6 +141,7 @@ _RULES: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
     "proportional": _proportional,
     "rank": _rank,
     "softmax": _softmax,
+    "keep": _top,
 }
 
 
@@ -180,6 +207,7 @@ def credit(
     top: float = 0.4,
     gain: float = 1.5,
     temperature: float = 1.0,
+    per: str = "sequence",
 ) -> Credit:
     """Give every token of one trace, or of each trace of a batch, its weight.
 
@@ -189,7 +217,7 @@ def credit(
     Args:
         flow: from `trace_flow`.
         score: "throughput", the flow through a token, or "reach", its influence on the answer wherever that comes from.
-        rule, top, gain, temperature: as in `weights_from_scores`.
+        rule, top, gain, temperature, per: as in `weights_from_scores`; with "batch" the graphs of this flow together.
     """
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r}")
@@ -199,7 +227,8 @@ def credit(
     sizes = {"batch_size": len(ptr) - 1}
     dense, real = to_dense_batch(scores, batch, **sizes)
     dense_mask, _ = to_dense_batch(mask, batch, **sizes)
-    weights = weights_from_scores(dense, dense_mask & real, rule, top=top, gain=gain, temperature=temperature)[real]
+    how = {"top": top, "gain": gain, "temperature": temperature}
+    weights = weights_from_scores(dense, dense_mask & real, rule, per=per, **how)[real]
 
     def none_of(what: Tensor) -> list[bool]:
         return (to_dense_batch(what, batch, **sizes)[0].sum(-1) == 0).tolist()

@@ -7,8 +7,8 @@ run from 0 to the last row of the block, since nothing attends to the future.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -89,6 +89,15 @@ class LayerQK:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     visible: MaskTile | None = None
+
+    def only(self, heads: Sequence[int]) -> LayerQK:
+        """The layer with some of its query heads, each with a key head of its own."""
+        H, K = len(self.query), len(self.key)
+        if not heads or not all(0 <= head < H for head in heads) or len(set(heads)) < len(heads):
+            raise ValueError(f"heads must be different numbers in 0..{H - 1}, at least one, got {list(heads)}")
+        chosen = torch.tensor(list(heads), device=self.query.device)
+        sink_logits = None if self.sink_logits is None else self.sink_logits[chosen]
+        return replace(self, query=self.query[chosen], key=self.key[chosen // (H // K)], sink_logits=sink_logits)
 
 
 class AttentionRows:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from flowgraph._version import __version__
+from flowgraph.coarse import contract
 from flowgraph.credit import Credit
 from flowgraph.flow import Flow
 from flowgraph.graph import TokenGraph
 from flowgraph.options import Options
+from flowgraph.segments import Segments, Splitter, split
 from flowgraph.spans import Spans
 
 
@@ -101,6 +103,22 @@ class Trace:
             "first_token_share": float(flow[0]) / total,
             "dropped_per_row": float(graph.dropped.double().mean()),
         }
+
+    def segments(self, by: str | Splitter = "sentences") -> Segments:
+        """The trace as words, lines, sentences, steps, turns, or what your own function makes of its text.
+
+        Raises:
+            ValueError: there is no text (the tracer has no tokenizer), or as in `split`.
+        """
+        if self.text is None:
+            raise ValueError("the trace has no text to divide: give the Tracer a tokenizer, or make Segments yourself")
+        graph = self.graph
+        masks = {"prompt_mask": graph.prompt_mask, "response_mask": graph.response_mask}
+        return split(self.text, by, sink_mask=graph.answer_mask, **masks)
+
+    def contract(self, by: str | Splitter | Segments = "sentences") -> Flow:
+        """The flow between segments, with nothing lost; see `flowgraph.contract`."""
+        return contract(self.flow, by if isinstance(by, Segments) else self.segments(by))
 
     def to_dict(self, edges_per_token: int = 5) -> dict[str, Any]:
         """The trace as plain lists and numbers, for JSON and for the page.

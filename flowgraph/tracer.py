@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
-from flowgraph.capture import Capture, capture, documents_of, is_packed
+from flowgraph.capture import Capture, capture, choose_layers, documents_of, is_packed, softmax_layers_of
 from flowgraph.credit import credit
 from flowgraph.exact import exact_flow
 from flowgraph.flow import Flow, trace_flow
@@ -99,6 +99,7 @@ class Tracer:
         tool_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         truncated: Sequence[bool] | None = None,
+        captured: Capture | None = None,
     ) -> Traces:
         """Trace a batch of token ids: padded left or right, or packed.
 
@@ -113,6 +114,7 @@ class Tracer:
             tool_mask: tool output inside the response: part of the trace, never credited.
             position_ids: where they restart at 0 within a row, a new packed document begins: one trace each.
             truncated: [B] the response was cut off before its end.
+            captured: what `recording` gave of a pass over this very batch; the model doesn't run then.
 
         Returns:
             One `Trace` per row (per document, if packed), and the weights in the layout of `input_ids`.
@@ -123,6 +125,8 @@ class Tracer:
         shape = _check_batch(input_ids, attention_mask, prompt_mask, position_ids, truncated)
         if self.options.question == "user" and question_mask is None:
             raise ValueError('question="user" needs question_mask here: ids do not say what the user wrote')
+        if captured is not None:
+            self._check_capture(captured, shape)
         real = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
         given = {
             "prompt_mask": prompt_mask,
@@ -156,14 +160,15 @@ class Tracer:
             spans.append(found)
             rows.append(row)
             places.append(positions)
-        captured = capture(self.model, input_ids, attention_mask, position_ids, layers=options.layers)
+        if captured is None:
+            captured = capture(self.model, input_ids, attention_mask, position_ids, layers=options.layers)
         flows = self._flows(captured, input_ids, rows, places, spans)
         flow = Flow.of_batch(flows)
         how = {name: getattr(options, name) for name in ("rule", "top", "gain", "temperature")}
         credits = credit(flow, options.score, **how)
         traces = []
         for n, (one, credited) in enumerate(zip(flows, credits, strict=True)):
-            text = self._pieces(one.graph.token_ids)
+            text = self.pieces(one.graph.token_ids)
             traces.append(Trace(one.graph, one, credited, spans[n], text, rows[n], places[n], options))
         return Traces(traces, flow, credits, shape)
 
@@ -190,6 +195,19 @@ class Tracer:
             flows |= dict(zip(graphs, together, strict=True))
         return [flows[n] for n in range(len(rows))]
 
+    def _check_capture(self, captured: Capture, shape: tuple[int, int]) -> None:
+        if captured.shape != shape:
+            raise ValueError(
+                f"captured is of a pass over [B, T] = {list(captured.shape)}, input_ids is {list(shape)}: pass the "
+                "batch that the model saw, pads included"
+            )
+        layers = choose_layers(softmax_layers_of(self.model, torch.zeros(1, 4).long()), self.options.layers)
+        if captured.layers != layers:
+            raise ValueError(
+                f"captured holds layers {captured.layers}, layers={self.options.layers!r} of this tracer are {layers}: "
+                "give recording the same layers"
+            )
+
     def _check_window(self, num_tokens: int) -> None:
         window = self.options.max_tokens
         if window is None:
@@ -202,7 +220,7 @@ class Tracer:
                 f"or pass max_tokens={num_tokens} if you know that the model can go that far"
             )
 
-    def _pieces(self, token_ids: Tensor) -> list[str] | None:
+    def pieces(self, token_ids: Tensor) -> list[str] | None:
         """The tokens as text. Of a character that is spread over several tokens, the first one gets it."""
         if self.tokenizer is None:
             return None

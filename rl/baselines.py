@@ -420,8 +420,7 @@ def _five(model: nn.Module, input_ids: Tensor, layers: Layers) -> Layers:
     """Five evenly spaced layers of a range of them; numbers are taken as they are."""
     if not isinstance(layers, str):
         return layers
-    model = unwrap(model)
-    chosen = choose_layers(softmax_layers_of(model, input_ids.to(next(model.parameters()).device)), layers)
+    chosen = choose_layers(softmax_layers_of(model, input_ids), layers)
     steps = min(_NUM_LAYERS, len(chosen))
     return [chosen[round(step * (len(chosen) - 1) / max(steps - 1, 1))] for step in range(steps)]
 

@@ -237,7 +237,7 @@ def _dealt_anew(extra: Tensor, mask: Tensor, seed: int) -> Tensor:
 def _parts(mask: Tensor) -> Tensor:
     """[B, T] which of the equal parts of its row's mask a token of the mask is in."""
     n = mask.sum(1, keepdim=True).clamp(min=1)
-    return (mask.cumsum(1) - 1) * _PARTS // 10
+    return (mask.cumsum(1) - 1) * _PARTS // n
 
 
 def _shares(extra: Tensor, kind: Tensor) -> dict[int, float]:

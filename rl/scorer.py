@@ -262,11 +262,10 @@ class Scorer(Credits):
             locate(
                 one.token_ids,
                 one.prompt_mask,
-                one.response_mask | one.tool_mask,
+                one.response_mask & ~one.tool_mask,  # rows of tool output say nothing of what the model looked at
                 tokenizer=self.tokenizer,
                 answer=config.answer,
                 preset=config.preset,
-                tool_mask=one.tool_mask,
                 truncated=one.truncated,
                 no_answer=config.no_answer,
                 tail_tokens=config.tail_tokens,
