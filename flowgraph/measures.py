@@ -14,7 +14,8 @@ response, `Q` the question; all sums are over one graph. A path is taken with th
     distance_mean     tokens between the ends of an edge, mean by flow; distance_relative: over N
     local_share       flow on edges over at most 10 tokens
     width_mean, width_min, width_min_place    effective number of edges (sum phi)^2 / sum phi^2 that cross from one
-                      position of the response to the next: mean, least, and where that is (0 its begin, 1 its end)
+                      position of the response to the next: mean, least, and where that is (0 its begin, 1 its end);
+                      without those that less than a thousandth of the flow crosses
     place_mean        where the flow over R is: mean place, 0 its begin, 1 its end
     quarter_1 .. 4    share of the flow over R in each quarter of it
     near_answer       share of the flow over C within 32 tokens before the first sink
@@ -49,6 +50,7 @@ CLASSES = ("digit", "operator", "delimiter", "word")
 _OPERATORS = frozenset("+-*/%^=<>\N{MULTIPLICATION SIGN}\N{DIVISION SIGN}\N{MINUS SIGN}")
 _LOCAL = 10
 _NEAR = 32
+_CROSSES = 1e-3
 
 MEASURES = (
     "path_length_mean", "path_length_p90", "path_length_max", "direct_share",
@@ -240,8 +242,8 @@ class _Graphs:
         last = torch.zeros(self.B, dtype=torch.int64).scatter_reduce(
             0, self.batch, self.place * (self.answer & (self.f > 0)), "amax"
         )
-        # Differences of running sums are 0 but for rounding where nothing crosses.
-        cut = self.response & (self.place < last[self.batch]) & (total > 1e-9)
+        # Differences of running sums are nothing but rounding where hardly anything crosses.
+        cut = self.response & (self.place < last[self.batch]) & (total > _CROSSES)
         width = (total.square() / squares.clamp(min=1e-300)).where(cut, torch.nan)
         place = self._place_in_response()
         found = {name: torch.full((self.B,), torch.nan, dtype=torch.float64) for name in ("mean", "min", "min_place")}

@@ -74,7 +74,7 @@ def plain(flow: Flow) -> dict[str, float]:
     widths = {}
     for t in response:
         crossing = [phi for s, k, phi, _ in edges if s <= t < k]
-        if t < last and sum(crossing) > 1e-9:
+        if t < last and sum(crossing) > 1e-3:
             widths[t] = sum(crossing) ** 2 / sum(phi * phi for phi in crossing)
     if widths:
         out["width_mean"] = sum(widths.values()) / len(widths)
@@ -112,10 +112,10 @@ def test_a_layered_graph_by_hand() -> None:
     found = {name: float(value) for name, value in measures(trace_flow(layered(4, 3))).items()}
     assert [found[f"path_length_{name}"] for name in ("mean", "p90", "max")] == pytest.approx([3, 3, 3])
     assert found["direct_share"] == 0 and found["effective_tokens"] == pytest.approx(6)
-    assert found["effective_share"] == found["entropy"] == pytest.approx(1) and found["gini"] == pytest.approx(0)
-    assert found["distance_mean"] == pytest.approx(3) and found["local_share"] == pytest.approx(1)
+    assert [found["effective_share"], found["entropy"], found["gini"]] == pytest.approx([1, 1, 0])
+    assert [found["distance_mean"], found["local_share"]] == pytest.approx([3, 1])
     assert found["question_share"] == pytest.approx(1)
-    assert found["prompt_share"] == found["sink_share"] == pytest.approx(0.25)
+    assert [found["prompt_share"], found["sink_share"]] == pytest.approx([0.25, 0.25])
 
 
 def test_the_narrowest_place() -> None:
