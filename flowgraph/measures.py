@@ -135,8 +135,9 @@ class _Graphs:
         self.size = self.ptr[1:] - self.ptr[:-1]
         self.source, self.target = graph.edge_index.cpu()
         self.of_edge = self.batch[self.target]
-        for name in ("prompt_mask", "question_mask", "response_mask", "credit_mask", "answer_mask"):
-            setattr(self, name.removesuffix("_mask"), graph[name].cpu())
+        self.prompt, self.question = graph.prompt_mask.cpu(), graph.question_mask.cpu()
+        self.response, self.credit = graph.response_mask.cpu(), graph.credit_mask.cpu()
+        self.answer = graph.answer_mask.cpu()
         self.f, self.phi = flow.flow.cpu().double(), flow.edge_flow.cpu().double()
         self.transition, self.injection = flow.transition.cpu().double(), flow.injection.cpu().double()
         self.log_reach = flow.log_reach.cpu().double()

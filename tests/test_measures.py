@@ -149,7 +149,7 @@ def test_a_trace_without_flow_has_no_measures() -> None:
 
 def test_exact_mode_measures_as_edges_do_where_it_can() -> None:
     W = attention(60, seed=4)
-    masks = {"prompt_mask": torch.arange(60) < 20, "answer_mask": mask_of(60, 58)}
+    masks: dict[str, Any] = {"prompt_mask": torch.arange(60) < 20, "answer_mask": mask_of(60, 58)}
     full = measures(trace_flow(TokenGraph.from_dense(W, **masks), "reference"))
     some = measures(exact_flow(DenseRows(W), edges=TopK(4), **masks))
     for name in ("path_length_mean", "effective_tokens", "gini", "quarter_2", "near_answer", "question_share"):
