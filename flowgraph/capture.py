@@ -363,6 +363,8 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor | None, position_ids:
     """What to call the model with, so that pads and packed documents are understood and nothing else is passed."""
     inputs = {"input_ids": input_ids}
     padded = attention_mask is not None and not bool(attention_mask.all())
+    if padded and position_ids is None and _padded_right(attention_mask):
+        return inputs  # no real token sees a pad, with or without a mask; and kernels are faster without
     if position_ids is not None:
         position_ids = position_ids.to(input_ids.device)
         if not is_packed(position_ids, attention_mask):
@@ -379,6 +381,11 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor | None, position_ids:
         inputs["attention_mask"] = attention_mask
         inputs.setdefault("position_ids", (attention_mask.cumsum(-1) - 1).clamp(min=0))
     return inputs
+
+
+def _padded_right(attention_mask: Tensor | None) -> bool:
+    """Are all pads behind the tokens of their row?"""
+    return attention_mask is not None and not bool((attention_mask[:, 1:].bool() & ~attention_mask[:, :-1].bool()).any())
 
 
 def is_packed(position_ids: Tensor, attention_mask: Tensor | None) -> bool:

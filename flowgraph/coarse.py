@@ -12,26 +12,31 @@ Shapes: N tokens, E edges, M segments.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch_geometric.utils import coalesce
 
 from flowgraph.flow import Flow
 from flowgraph.graph import TokenGraph, graph_ptr
+from flowgraph.rows import Rows
 from flowgraph.segments import Segments
 
 _ALONE = {"answer_mask": ("sinks", "sink_mask"), "prompt_mask": ("prompt", "prompt_mask")}
 """What no segment may mix with other tokens: flow begins in one and ends in the other."""
 
 
-def contract(flow: Flow, segments: Segments) -> Flow:
+def contract(flow: Flow, segments: Segments, rows: Rows | None = None, *, absorb_at_prompt: bool = False) -> Flow:
     """The flow between the segments of one trace.
 
     What `exact_flow` did not list stays a remainder: `unlisted_inflow` and `unlisted_outflow` of a segment are those of
-    its tokens, and `flow` counts them, also where they stay within the segment (nobody kept where they lead).
+    its tokens, and `flow` counts them, also where they stay within the segment (nobody kept where they lead). With
+    `rows` there is no remainder: phi(i -> k) = f(i) W[k, i] h(k) / h(i) is read off the attention, in one more sweep.
 
     Args:
         flow: of one graph. segments: over its N tokens; none may mix sinks, or the prompt, with others.
+        rows: the attention that the flow came from, all of it. absorb_at_prompt: how the flow was made; with `rows`.
 
     Returns:
         A `Flow` over M nodes. `reach` of a segment is the influence on the answer that enters it from outside: the
@@ -67,22 +72,15 @@ def contract(flow: Flow, segments: Segments) -> Flow:
             raise ValueError(
                 f"segment {number} ({segments.names[number]!r}) holds {what} and other tokens; pass {argument} to split"
             )
-    source, target = index[graph.edge_index]
-    outside = source != target
-    weight = graph.edge_weight.double()
-    values = torch.stack([flow.edge_flow.double(), weight], dim=1)[outside]
-    edges, summed = coalesce(
-        torch.stack([source, target])[:, outside], values, num_nodes=M, reduce="sum", sort_by_row=False
+    pairs = _listed(flow, index, M) if rows is None else _read(flow, index, rows, absorb_at_prompt)
+    inside = pairs.edges[0] == pairs.edges[1]
+    inner, inner_weight = (
+        torch.zeros(M, dtype=torch.float64, device=device).index_add_(0, pairs.edges[0, inside], values[inside])
+        for values in (pairs.flow, pairs.weight)
     )
-    edge_flow, edge_weight = summed.unbind(1)
-    # What a walk carries over an edge: the reach at its later end times its weight, where flow may run.
-    entering = flow.log_reach.double()[graph.edge_index[1]] + weight.log()
-    open_ = outside & (flow.transition > 0)
-    log_reach = _log_sums(entering[open_], source[open_], M)
+    edges, edge_flow, edge_weight = pairs.edges[:, ~inside], pairs.flow[~inside], pairs.weight[~inside]
+    log_reach = _log_sums(pairs.log_entering[~inside], edges[0], M)
     log_reach = torch.where(masks["answer_mask"], size.double().log(), log_reach)
-    inner = torch.zeros(M, dtype=torch.float64, device=device)
-    inner.index_add_(0, source[~outside], flow.edge_flow.double()[~outside])
-    inner_weight = torch.zeros(M, dtype=torch.float64, device=device).index_add_(0, source[~outside], weight[~outside])
 
     def kept(values: Tensor) -> Tensor:
         return values.to(graph.edge_weight.dtype)
@@ -92,14 +90,16 @@ def contract(flow: Flow, segments: Segments) -> Flow:
         kept(edge_weight / size[edges[1]]),
         **masks,
         self_weight=kept((total(graph.self_weight.double()) + inner_weight) / size),
-        dropped=kept(total(graph.dropped.double()) / size),
+        dropped=kept(total(graph.dropped.double() * (rows is None)) / size),
         model=graph.model,
         layers=graph.layers,
         rule=f"segments of {graph.rule}",
     )
     coarse.internal_flow = kept(inner)
     injection = total(flow.injection.double())
-    unlisted_in, unlisted_out = total(flow.unlisted_inflow.double()), total(flow.unlisted_outflow.double())
+    remainder = rows is None
+    unlisted_in = total(flow.unlisted_inflow.double() * remainder)
+    unlisted_out = total(flow.unlisted_outflow.double() * remainder)
     arrived = torch.zeros(M, dtype=torch.float64, device=device).index_add_(0, edges[1], edge_flow)
     passed = torch.zeros(M, dtype=torch.float64, device=device).index_add_(0, edges[0], edge_flow) + unlisted_out
     through = injection + arrived + unlisted_in
@@ -120,6 +120,61 @@ def contract(flow: Flow, segments: Segments) -> Flow:
         solver=flow.solver,
         graph=coarse,
     )
+
+
+class _Pairs(NamedTuple):
+    """Sums over the edges between two segments, or within one; sorted by target, then source. All float64."""
+
+    edges: Tensor
+    """[2, K] segments, earlier and later."""
+    flow: Tensor
+    weight: Tensor
+    log_entering: Tensor
+    """[K] log of what walks carry over these edges, weight times reach at the later end, where flow may run."""
+
+
+def _listed(flow: Flow, index: Tensor, M: int) -> _Pairs:
+    """From the edges of the graph."""
+    target = flow.graph.edge_index[1]
+    weight = flow.graph.edge_weight.double()
+    logs = flow.log_reach.double()[target] + weight.log()
+    logs = logs.where(flow.transition > 0, -torch.inf)
+    ends = index[flow.graph.edge_index]
+    edges, summed = coalesce(
+        ends, torch.stack([flow.edge_flow.double(), weight], dim=1), num_nodes=M, reduce="sum", sort_by_row=False
+    )
+    key = edges[1] * M + edges[0]
+    place = torch.searchsorted(key, ends[1] * M + ends[0])
+    return _Pairs(edges, summed[:, 0], summed[:, 1], _log_sums(logs, place, len(key)))
+
+
+def _read(flow: Flow, index: Tensor, rows: Rows, absorb_at_prompt: bool) -> _Pairs:
+    """From the attention itself, block by block: nothing of it is left out."""
+    graph, M = flow.graph, int(index[-1]) + 1
+    if rows.num_tokens != graph.num_nodes:
+        raise ValueError(f"rows are over {rows.num_tokens} tokens, the flow over {graph.num_nodes}")
+    log_h = flow.log_reach.double()
+    passing = ~graph.answer_mask & torch.isfinite(log_h)
+    log_y = torch.where(passing, flow.flow.double().log() - log_h, -torch.inf)  # flow per unit of reach
+    most = log_h.max().nan_to_num(neginf=0.0)  # -inf: no sinks
+    closed = graph.prompt_mask & ~graph.answer_mask if absorb_at_prompt else torch.zeros_like(graph.prompt_mask)
+    found, edges = [], []
+    for start, block in rows.blocks():
+        stop = start + len(block)
+        weight = block.double().tril(start - 1)
+        taken = weight * ~closed[start:stop, None]
+        carried = taken * torch.exp(log_y[None, :stop] + log_h[start:stop, None])
+        entering = taken * passing[:stop] * torch.exp(log_h[start:stop, None] - most)
+        first, earlier = int(index[start]), int(index[stop - 1]) + 1
+        sums = torch.zeros(3, earlier - first, earlier, dtype=torch.float64, device=weight.device)
+        by_row = torch.zeros(3, stop - start, earlier, dtype=torch.float64, device=weight.device)
+        by_row.index_add_(2, index[:stop], torch.stack([carried, weight, entering]))
+        sums.index_add_(1, index[start:stop] - first, by_row)
+        target, source = (sums[1] > 0).nonzero(as_tuple=True)
+        edges.append(torch.stack([source, target + first]))
+        found.append(sums[:, target, source].T)
+    both, summed = coalesce(torch.cat(edges, 1), torch.cat(found), num_nodes=M, reduce="sum", sort_by_row=False)
+    return _Pairs(both, summed[:, 0], summed[:, 1], summed[:, 2].log() + most)
 
 
 def _log_sums(logs: Tensor, index: Tensor, size: int) -> Tensor:

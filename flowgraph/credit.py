@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -184,6 +185,16 @@ class Credit:
 
     def __iter__(self) -> Iterator[Credit]:
         return (self[number] for number in range(len(self)))
+
+    @property
+    def credited(self) -> Tensor:
+        """[N] bool, the tokens that got credit: weights above 1, or above the lowest of their graph if that is less."""
+        found = torch.zeros_like(self.mask)
+        for start, stop in pairwise(self.ptr.tolist()):
+            weights, mask = self.weights[start:stop], self.mask[start:stop]
+            low = weights.masked_fill(~mask, 1).min().clamp(max=1)
+            found[start:stop] = mask & (weights > low)
+        return found
 
     def to_layout(self, rows: Sequence[int], positions: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
         """Weights in the caller's own layout [B, T]; 1 where no graph has a token.

@@ -89,7 +89,7 @@ def frame(flow: Flow, text: Sequence[Sequence[str] | None] | None = None) -> Any
     try:
         import pandas
     except ImportError as error:
-        raise ImportError("flowgraph.measures.frame needs pandas: pip install pandas") from error
+        raise ImportError('flowgraph.measures.frame needs pandas: pip install "flowgraph-llm[analysis]"') from error
     return pandas.DataFrame({name: values.numpy() for name, values in measures(flow, text).items()})
 
 

@@ -30,6 +30,8 @@ class Options:
         question: "prompt": flow starts at every prompt token; "user": only at what the user wrote (chat messages).
         no_answer: "uniform": weights stay 1, flagged; "tail": the last `tail_tokens` tokens stand for the answer.
         solver, absorb_at_prompt: as in `trace_flow`. score, rule, top, gain, temperature: as in `credit`.
+        keep_attention: keep the queries and keys of every trace with it, for `Trace.rows` and what reads attention anew
+            (checkpoints, heads of an edge, exact contraction of long traces). O(N) memory per layer and head.
         max_tokens: longest trace; None takes the model's own window, `config.max_position_embeddings`.
     """
 
@@ -49,6 +51,7 @@ class Options:
     gain: float = 1.5
     temperature: float = 1.0
     max_tokens: int | None = None
+    keep_attention: bool = False
 
     def __post_init__(self) -> None:
         if self.question not in ("prompt", "user"):

@@ -129,8 +129,19 @@ class AttentionRows:
             for layer, key in zip(self._layers, keys, strict=True):
                 if layer.visible not in hidden:
                     hidden[layer.visible] = self._hidden(layer.visible, start, stop)
-                block += self._head_sum(layer, key, hidden[layer.visible], start, stop)
+                block += self._attention(layer, key, hidden[layer.visible], start, stop).sum(0)
             yield RowBlock(start, block.div_(total_heads))
+
+    def heads(self, tokens: Sequence[int]) -> Iterator[list[Tensor]]:
+        """For each of some tokens, its row in every layer and head apart: [H, token + 1] per layer."""
+        keys = [layer.key.to(self._dtype).mT for layer in self._layers]
+        for token in tokens:
+            if not 0 <= token < self.num_tokens:
+                raise ValueError(f"tokens holds {token}, the trace has tokens 0..{self.num_tokens - 1}")
+            yield [
+                self._attention(layer, key, self._hidden(layer.visible, token, token + 1), token, token + 1)[:, 0]
+                for layer, key in zip(self._layers, keys, strict=True)
+            ]
 
     def _hidden(self, visible: MaskTile | None, start: int, stop: int) -> Tensor | None:
         """[r, stop] True where the query may not see the key; None for plain causal attention."""
@@ -138,8 +149,8 @@ class AttentionRows:
             return None
         return ~visible(self._positions[start:stop], self._positions[:stop])
 
-    def _head_sum(self, layer: LayerQK, key: Tensor, hidden: Tensor | None, start: int, stop: int) -> Tensor:
-        """[r, stop] attention of one layer, added up over its heads."""
+    def _attention(self, layer: LayerQK, key: Tensor, hidden: Tensor | None, start: int, stop: int) -> Tensor:
+        """[H, r, stop] attention of one layer, head by head."""
         r, (H, _, D), K = stop - start, layer.query.shape, key.shape[0]
         # Query heads that share a key head become rows of one product: the keys are never repeated.
         query = layer.query[:, start:stop].to(self._dtype).reshape(K, H // K * r, D) * layer.scaling
@@ -152,7 +163,7 @@ class AttentionRows:
         if hidden is not None:
             scores.masked_fill_(hidden, -torch.inf)
         if layer.sink_logits is None:
-            return torch.softmax(scores, dim=-1).sum(0)
+            return torch.softmax(scores, dim=-1)
         total = torch.logsumexp(scores, dim=-1)
         total = torch.logaddexp(total, layer.sink_logits.to(total)[:, None])
-        return scores.sub_(total[:, :, None]).exp_().sum(0)
+        return scores.sub_(total[:, :, None]).exp_()

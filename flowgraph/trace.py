@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from flowgraph._version import __version__
+from flowgraph.capture import Capture
 from flowgraph.coarse import contract
 from flowgraph.credit import Credit
 from flowgraph.flow import Flow
 from flowgraph.graph import TokenGraph
 from flowgraph.options import Options
+from flowgraph.rows import AttentionRows
 from flowgraph.segments import Segments, Splitter, split
 from flowgraph.spans import Spans
 
@@ -34,6 +36,7 @@ class Trace:
         text: the N tokens as pieces of text that join to the whole; None without a tokenizer.
         row, positions: where the tokens stood in the caller's batch: its row, and [N] the places in that row.
         options: what the tracer was told.
+        captured: the queries and keys that the trace came from, with `keep_attention=True`; else None.
     """
 
     graph: TokenGraph
@@ -44,6 +47,7 @@ class Trace:
     row: int
     positions: Tensor
     options: Options = field(repr=False)
+    captured: Capture | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         """Number of tokens, N."""
@@ -95,7 +99,7 @@ class Trace:
             "response_tokens": int(graph.response_mask.sum()),
             "edges": int(graph.edge_weight.numel()),
             "sinks": int(graph.answer_mask.sum()),
-            "credited": int((self.weights != 1).sum()),
+            "credited": int(self.credit.credited.sum()),
             "injected": float(self.flow.injected),
             "absorbed": float(self.flow.absorbed),
             "iterations": int(self.flow.iterations),
@@ -116,9 +120,21 @@ class Trace:
         masks = {"prompt_mask": graph.prompt_mask, "response_mask": graph.response_mask}
         return split(self.text, by, sink_mask=graph.answer_mask, **masks)
 
+    def rows(self) -> AttentionRows:
+        """The attention of the trace once more, as a stream of row blocks.
+
+        Raises:
+            ValueError: its queries and keys were not kept.
+        """
+        if self.captured is None:
+            raise ValueError("the attention of this trace is gone; trace it with keep_attention=True to read it again")
+        return self.captured.rows(self.row, self.positions)
+
     def contract(self, by: str | Splitter | Segments = "sentences") -> Flow:
-        """The flow between segments, with nothing lost; see `flowgraph.contract`."""
-        return contract(self.flow, by if isinstance(by, Segments) else self.segments(by))
+        """The flow between segments; see `flowgraph.contract`. From the attention itself, if it was kept."""
+        segments = by if isinstance(by, Segments) else self.segments(by)
+        rows = None if self.captured is None else self.rows()
+        return contract(self.flow, segments, rows, absorb_at_prompt=self.options.absorb_at_prompt)
 
     def to_dict(self, edges_per_token: int = 5) -> dict[str, Any]:
         """The trace as plain lists and numbers, for JSON and for the page.

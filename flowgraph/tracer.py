@@ -169,7 +169,8 @@ class Tracer:
         traces = []
         for n, (one, credited) in enumerate(zip(flows, credits, strict=True)):
             text = self.pieces(one.graph.token_ids)
-            traces.append(Trace(one.graph, one, credited, spans[n], text, rows[n], places[n], options))
+            kept = captured if options.keep_attention else None
+            traces.append(Trace(one.graph, one, credited, spans[n], text, rows[n], places[n], options, kept))
         return Traces(traces, flow, credits, shape)
 
     def _flows(

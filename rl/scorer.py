@@ -243,7 +243,13 @@ class Scorer(Credits):
             truncated=[one.truncated for one in samples],
         )
         return [
-            SampleScore(trace.credit.scores.float().cpu(), trace.graph.credit_mask.cpu(), trace.flags, trace.text)
+            SampleScore(
+                # Copies: a slice would keep the whole batch alive, and travel with it to other processes.
+                trace.credit.scores.float().cpu().clone(),
+                trace.graph.credit_mask.cpu().clone(),
+                trace.flags,
+                trace.text,
+            )
             for trace in traces
         ]
 

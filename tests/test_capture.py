@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowgraph import capture
-from flowgraph.capture import choose_layers, softmax_layers_of
+from flowgraph.capture import Capture, choose_layers, recording, softmax_layers_of
 from tests.models import ARCHITECTURES, VOCABULARY, eager_attention, tiny
 
 capture_module = importlib.import_module("flowgraph.capture")  # flowgraph.capture itself is the function
@@ -283,3 +284,189 @@ def test_the_same_inputs_give_the_same_bits() -> None:
     model, input_ids = tiny("gemma3"), ids()
     first, second = (dense_rows(capture(model, input_ids), 2, torch.arange(T), None) for _ in range(2))
     assert torch.equal(first, second)
+
+
+# --- recording: in a forward pass that runs anyway -------------------------------------------------------------------
+
+
+@architectures
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_recording_changes_no_bit_of_the_outputs(name: str, implementation: str, side: str) -> None:
+    model, input_ids = tiny(name, implementation), ids()
+    mask = None if side == "none" else padding(side)
+    with torch.no_grad():
+        plain = model(input_ids, attention_mask=mask).logits
+        with recording(model, layers="all") as captures:
+            recorded = model(input_ids, attention_mask=mask).logits
+    assert torch.equal(plain, recorded)
+    ours, theirs = captures[0], capture(model, input_ids, mask, layers="all")
+    assert ours.layers == theirs.layers and ours.shape == theirs.shape == (B, T)
+    for row in range(B):
+        real = torch.arange(T) if mask is None else mask[row].nonzero().flatten()
+        assert (dense_rows(ours, row, real) - dense_rows(theirs, row, real)).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:_compile flag")
+def test_recording_keeps_a_kernel_with_a_mask_of_its_own_kind() -> None:
+    model, input_ids, mask = tiny("llama", "flex_attention"), ids(), padding("left")
+    with torch.no_grad():
+        plain = model(input_ids, attention_mask=mask).logits
+        with recording(model) as captures:
+            assert torch.equal(model(input_ids, attention_mask=mask).logits, plain)
+    assert len(captures) == 1 and model.config._attn_implementation == "flex_attention"
+
+
+def test_recording_keeps_dropout_and_the_mode() -> None:
+    model, input_ids = tiny("llama", attention_dropout=0.5).train(), ids()
+    with torch.no_grad():
+        torch.manual_seed(3)
+        plain = model(input_ids).logits
+        with recording(model):
+            torch.manual_seed(3)
+            assert torch.equal(model(input_ids).logits, plain)
+    assert model.training
+
+
+def test_recording_gives_one_capture_per_pass() -> None:
+    model, input_ids = tiny("llama"), ids()
+    with torch.no_grad(), recording(model, layers=[1, 3]) as captures:
+        for row in range(B):
+            model(input_ids[row : row + 1, : T - row])
+    assert [one.shape for one in captures] == [(1, T), (1, T - 1), (1, T - 2)]
+    for row, one in enumerate(captures):
+        alone = capture(model, input_ids[row : row + 1, : T - row], layers=[1, 3])
+        place = torch.arange(T - row)
+        assert torch.equal(dense_rows(one, 0, place), dense_rows(alone, 0, place))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_some_rows_of_a_capture(name: str) -> None:
+    captured = capture(tiny(name), ids(), padding("left"))
+    some = captured.select([2, 0])
+    assert some.shape == (2, T) and some.select([1]).shape == (1, T)
+    for row, whole in ((0, 2), (1, 0)):
+        real = padding("left")[whole].nonzero().flatten()
+        assert torch.equal(dense_rows(some, row, real), dense_rows(captured, whole, real))
+    assert torch.equal(dense_rows(some.select([1]), 0, real), dense_rows(captured, 0, real))
+
+
+def test_a_capture_is_handed_over_before_the_pass_ends_and_then_forgotten() -> None:
+    model, input_ids = tiny("llama"), ids()
+    softmax_layers_of(model, input_ids)
+    events: list[str] = []
+    model.model.layers[3].register_forward_hook(lambda *_: events.append("layer 3"))
+    alive: list[weakref.ref[Tensor]] = []
+
+    def take(captured: Capture) -> None:
+        events.append("captured")
+        alive.append(weakref.ref(captured._kept[0].query))
+
+    def look(*_: Any) -> None:
+        events.append(f"{sum(one() is not None for one in alive)} alive at the head")
+
+    model.lm_head.register_forward_pre_hook(look)
+    with torch.no_grad(), recording(model, layers=[1, 3], on_capture=take) as captures:
+        model(input_ids)
+        model(input_ids)
+    assert captures == [] and events == ["captured", "layer 3", "0 alive at the head"] * 2
+
+
+def test_recording_with_autocast_hands_over_without_it() -> None:
+    model, input_ids = tiny("llama"), ids()
+    seen: list[bool] = []
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model(input_ids).logits
+        with recording(model, on_capture=lambda _: seen.append(torch.is_autocast_enabled("cpu"))):
+            assert torch.equal(model(input_ids).logits, plain)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_recording_works_through_wrappers() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model, input_ids = tiny("llama"), ids()
+    place = torch.arange(T)
+    expected = dense_rows(capture(model, input_ids), 1, place)
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **kwargs)
+
+    with torch.no_grad():
+        with recording(model) as captures:
+            Wrapped()(input_ids)
+        assert torch.equal(dense_rows(captures[0], 1, place), expected)
+        lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        with recording(lora) as captures:
+            lora(input_ids=input_ids)
+        assert torch.equal(dense_rows(captures[0], 1, place), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_recording_a_compiled_model() -> None:
+    model, input_ids = tiny("llama"), ids()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        plain = compiled(input_ids).logits
+        with recording(compiled) as captures:  # type: ignore[arg-type]
+            recorded = compiled(input_ids).logits
+        assert torch.equal(compiled(input_ids).logits, plain)
+    assert len(captures) == 1 and torch.equal(recorded, plain)
+
+
+def test_a_model_that_shares_the_configuration_is_not_recorded() -> None:
+    model, input_ids = tiny("llama"), ids()
+    other = type(model)(model.config).eval()
+    assert other.config is model.config
+    with torch.no_grad():
+        plain = other(input_ids, attention_mask=padding("left")).logits
+        with recording(model) as captures:
+            assert torch.equal(other(input_ids, attention_mask=padding("left")).logits, plain)
+    assert captures == []
+
+
+@architectures
+def test_recording_leaves_the_model_as_it_was(name: str) -> None:
+    model, input_ids = tiny(name), ids()
+    before = state_of(model)
+    with torch.no_grad(), recording(model):
+        model(input_ids, attention_mask=padding("left"))
+    assert state_of(model) == before
+    with pytest.raises(KeyError, match="caller"), recording(model):
+        raise KeyError("caller")
+    assert state_of(model) == before
+    model(input_ids).logits.sum().backward()  # gradients work again
+
+
+def test_an_exception_while_recording_leaves_the_next_pass_clean() -> None:
+    model, input_ids = tiny("llama"), ids()
+    with torch.no_grad(), recording(model, layers=[0, 4]) as captures:
+        hook = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids[:1])
+        hook.remove()
+        model(input_ids)
+    assert [one.shape for one in captures] == [(B, T)]
+
+
+def test_what_recording_refuses() -> None:
+    model, input_ids = tiny("llama"), ids()
+    with recording(model), pytest.raises(RuntimeError, match="without gradients only"):
+        model(input_ids)
+    with torch.no_grad(), recording(model), pytest.raises(ValueError, match="1 queries for 41 keys"):
+        cache = model(input_ids, use_cache=True).past_key_values
+        model(input_ids[:, :1], past_key_values=cache)
+    with recording(model), pytest.raises(RuntimeError, match="read already"), recording(model):
+        pass
+    with recording(model), pytest.raises(RuntimeError, match="read already"):
+        capture(model, input_ids)
+    with pytest.raises(ValueError, match=r"layers \[99\] have no softmax attention"), recording(model, layers=[99]):
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch_geometric.data import Batch
 from flowgraph import Flow, Segments, TokenGraph, TopK, Tracer, contract, exact_flow, split, trace_flow
 from flowgraph.rows import DenseRows
 from tests.graphs import attention, chain, graphs, mask_of, random_graph
-from tests.written import ANSWERS, TOKENIZER, ids, marked, written_by_hand
+from tests.written import ANSWERS, TOKENIZER, ids, marked, policy, written_by_hand
 
 
 def cut_at(graph: TokenGraph, *starts: int) -> Segments:
@@ -128,6 +129,46 @@ def test_what_exact_flow_does_not_list_stays_a_remainder() -> None:
     inner = ~coarse.graph.answer_mask
     torch.testing.assert_close(coarse.flow[inner], out[inner])
     assert (dense_flow(coarse) <= dense_flow(full) + 1e-12).all() and (coarse.flow >= full.flow - 1e-12).all()
+
+
+@given(graphs(), st.booleans(), st.sampled_from([3, 1000]), st.data())
+def test_from_rows_as_from_all_edges(graph: TokenGraph, absorb: bool, block: int, data: st.DataObject) -> None:
+    flow = trace_flow(graph, "reference", absorb_at_prompt=absorb)
+    N = int(graph.num_nodes)
+    segments = cut_at(graph, *data.draw(st.sets(st.integers(1, N - 1), max_size=6)))
+    W = torch.zeros(N, N, dtype=torch.float64)
+    W[graph.edge_index[1], graph.edge_index[0]] = graph.edge_weight
+    read = contract(flow, segments, DenseRows(W, block), absorb_at_prompt=absorb)
+    listed = contract(flow, segments)
+    for name in ("flow", "injection", "reach", "throughput"):
+        torch.testing.assert_close(getattr(read, name), getattr(listed, name), rtol=1e-9, atol=1e-12, msg=name)
+    torch.testing.assert_close(dense_flow(read), dense_flow(listed), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(read.graph.internal_flow, listed.graph.internal_flow, rtol=1e-9, atol=1e-12)
+    assert torch.equal(read.graph.edge_index, listed.graph.edge_index)
+
+
+def test_rows_leave_no_remainder_of_an_exact_flow() -> None:
+    W = attention(40, seed=8)
+    prompt, sinks = torch.arange(40) < 12, mask_of(40, 38)
+    flow = exact_flow(DenseRows(W), prompt_mask=prompt, answer_mask=sinks, edges=TopK(2))
+    full = trace_flow(TokenGraph.from_dense(W, prompt_mask=prompt, answer_mask=sinks), "reference")
+    segments = cut_at(flow.graph, 5, 20, 30)
+    coarse = contract(flow, segments, DenseRows(W, 7))
+    torch.testing.assert_close(dense_flow(coarse), dense_flow(contract(full, segments)))
+    assert coarse.unlisted_inflow.sum() == 0 == coarse.unlisted_outflow.sum() == coarse.graph.dropped.sum()
+    with pytest.raises(ValueError, match="rows are over 8 tokens, the flow over 40"):
+        contract(flow, segments, DenseRows(W[:8, :8]))
+
+
+def test_a_trace_that_kept_its_attention() -> None:
+    token_ids = torch.tensor([ids("?;", end=False) + marked(3, 2)])
+    prompt = torch.arange(token_ids.shape[1])[None] < 2
+    options: dict[str, Any] = {"preset": "paper", "answer": ANSWERS, "mode": "exact", "edges": TopK(1)}
+    (kept,) = Tracer(policy(), TOKENIZER, keep_attention=True, **options).from_ids(token_ids, prompt_mask=prompt)
+    (gone,) = Tracer(policy(), TOKENIZER, **options).from_ids(token_ids, prompt_mask=prompt)
+    assert kept.contract("words").unlisted_inflow.sum() == 0 < gone.contract("words").unlisted_inflow.sum()
+    with pytest.raises(ValueError, match="trace it with keep_attention=True"):
+        gone.rows()
 
 
 def test_bad_input() -> None:

@@ -10,31 +10,168 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch_geometric.data import Batch
 
 from flowgraph import TokenGraph, credit, trace_flow, weights_from_scores
 from tests.graphs import graphs, mask_of, random_graph
 
-RULES = ("top", "proportional", "rank", "softmax")
+RULES = ("top", "proportional", "rank", "softmax", "keep")
 rules = pytest.mark.parametrize("rule", RULES)
+pers = pytest.mark.parametrize("per", ["sequence", "batch"])
+SHARES = ["0.1", "0.2", "0.4", "0.6", "1", "0.333", "0.07"]
 
 
-def top_by_hand(scores: list[float], mask: list[bool], top: str, gain: float) -> list[float]:
-    """The definition, with exact arithmetic for the count; a stable sort leaves ties to the earlier token."""
-    taking_part = [i for i, m in enumerate(mask) if m]
-    count = math.ceil(Fraction(top) * len(taking_part))
-    best = sorted(taking_part, key=lambda i: -scores[i])[:count]
-    return [gain if i in best and scores[i] > 0 else 1.0 for i in range(len(scores))]
+def pooled_by_hand(scores: list[float], rule: str, top: str, gain: float) -> list[float]:
+    """The definition of every rule for tokens that are ranked together, with exact arithmetic for the count."""
+    count = math.ceil(Fraction(top) * len(scores))
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])[:count]  # stable: ties go to the earlier one
+    mean = sum(scores) / len(scores)
+    std = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores))
+    out = []
+    for i, s in enumerate(scores):
+        if rule == "keep":
+            out.append(1.0 if i in best and s > 0 else 0.0)
+        elif s == 0:
+            out.append(1.0)
+        elif rule == "top":
+            out.append(gain if i in best else 1.0)
+        elif rule == "proportional":
+            out.append(1 + (gain - 1) * s / max(scores))
+        elif rule == "rank":
+            out.append(1 + (gain - 1) * sum(other <= s for other in scores) / len(scores))
+        else:
+            # Equal scores have no spread in exact arithmetic, whatever rounding makes of it.
+            away = (s - max(scores)) / std if len(set(scores)) > 1 else 0.0
+            out.append(1 + (gain - 1) * math.exp(away))
+    return out
 
 
-@given(data=st.data(), top=st.sampled_from(["0.1", "0.2", "0.4", "0.6", "1", "0.333", "0.07"]))
-def test_top_equals_the_definition(data: st.DataObject, top: str) -> None:
-    n = data.draw(st.integers(0, 60))
-    scores = data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 3.0]), min_size=n, max_size=n))
-    mask = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
-    weights = weights_from_scores(torch.tensor(scores), torch.tensor(mask, dtype=torch.bool), top=float(top))
-    assert weights.tolist() == top_by_hand(scores, mask, top, 1.5)
+def weights_by_hand(
+    scores: list[list[float]], mask: list[list[bool]], rule: str, per: str, top: str = "0.4", gain: float = 1.5
+) -> list[list[float]]:
+    """The definition for a batch: which tokens are ranked together, and 1 for all the others."""
+    out = [[1.0] * len(row) for row in scores]
+    ranked = []  # per trace the places of its tokens, for traces with a positive score
+    for b, row in enumerate(mask):
+        places = [(b, t) for t, taking_part in enumerate(row) if taking_part]
+        if any(scores[b][t] > 0 for b, t in places):
+            ranked.append(places)
+    pools = ranked if per == "sequence" else [[place for places in ranked for place in places]] if ranked else []
+    for pool in pools:
+        for (b, t), weight in zip(pool, pooled_by_hand([scores[b][t] for b, t in pool], rule, top, gain), strict=True):
+            out[b][t] = weight
+    return out
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[list[float]], list[list[bool]]]:
+    """Scores with many ties and zeros, and masks; some rows without a positive score, some without any token."""
+    rows, tokens = draw(st.integers(1, 5)), draw(st.integers(0, 12))
+    numbers = [draw(st.sampled_from([[0.0], [0.0, 0.125, 0.25, 0.5, 3.0]])) for _ in range(rows)]
+    scores = [draw(st.lists(st.sampled_from(few), min_size=tokens, max_size=tokens)) for few in numbers]
+    mask = [draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)) for _ in range(rows)]
+    return scores, mask
+
+
+@rules
+@pers
+@given(batch=batches(), top=st.sampled_from(SHARES), gain=st.sampled_from([0.0, 0.5, 1.5, 3.0]))
+def test_every_rule_equals_its_definition(
+    rule: str, per: str, batch: tuple[list[list[float]], list[list[bool]]], top: str, gain: float
+) -> None:
+    scores, mask = torch.tensor(batch[0], dtype=torch.float64), torch.tensor(batch[1], dtype=torch.bool)
+    weights = weights_from_scores(scores, mask, rule, top=float(top), gain=gain, per=per)
+    expected = torch.tensor(weights_by_hand(*batch, rule, per, top, gain), dtype=torch.float64)
+    if rule in ("top", "keep"):
+        assert torch.equal(weights, expected)
+    else:
+        torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-9)
+
+
+@pers
+def test_keep_by_hand(per: str) -> None:
+    scores = torch.tensor([[5.0, 1.0, 4.0, 9.0], [3.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [9.0, 9.0, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    weights = weights_from_scores(scores, mask, "keep", top=0.4, gain=7.0, per=per)
+    if per == "sequence":  # ceil(1.2) = 2 of three, ceil(1.6) = 2 of four
+        assert weights[:2].tolist() == [[1, 0, 1, 1], [1, 1, 0, 0]]
+    else:  # ceil(2.8) = 3 of seven: row 2 has no positive score, so that its tokens are not counted
+        assert weights[:2].tolist() == [[1, 0, 1, 1], [1, 0, 0, 0]]
+    assert (weights[2:] == 1).all()
+
+
+def test_top_of_a_batch_by_hand() -> None:
+    scores = torch.tensor([[5.0, 4.0, 3.0], [1.0, 3.0, 3.0]])
+    weights = weights_from_scores(scores, torch.ones(2, 3, dtype=torch.bool), top=0.5, per="batch")
+    assert weights.tolist() == [[1.5, 1.5, 1.5], [1, 1, 1]]  # of three 3.0 the one in the earlier row
+
+
+def test_keep_never_keeps_a_score_of_zero() -> None:
+    weights = weights_from_scores(torch.tensor([0.0, 2.0, 0.0]), torch.ones(3, dtype=torch.bool), "keep", top=1.0)
+    assert weights.tolist() == [0, 1, 0]
+
+
+@rules
+def test_one_trace_is_a_batch_of_one(rule: str) -> None:
+    scores, mask = torch.rand(9), torch.rand(9) > 0.3
+    weights = weights_from_scores(scores, mask, rule)
+    for per in ("sequence", "batch"):
+        assert torch.equal(weights_from_scores(scores, mask, rule, per=per), weights)
+        assert torch.equal(weights_from_scores(scores[None], mask[None], rule, per=per)[0], weights)
+
+
+@rules
+@pers
+@given(data=st.data())
+def test_the_order_of_traces_plays_no_part_without_ties(rule: str, per: str, data: st.DataObject) -> None:
+    scores = torch.tensor(data.draw(st.permutations(range(1, 29)))).view(4, 7).double()
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=28, max_size=28))).view(4, 7)
+    order = torch.tensor(data.draw(st.permutations(range(4))))
+    weights = weights_from_scores(scores, mask, rule, per=per)
+    again = weights_from_scores(scores[order], mask[order], rule, per=per)
+    torch.testing.assert_close(again, weights[order], rtol=1e-12, atol=0)
+
+
+@rules
+@pers
+@given(factor=st.floats(1e-6, 1e6))
+def test_a_common_factor_changes_nothing(rule: str, per: str, factor: float) -> None:
+    scores = torch.arange(1.0, 31, dtype=torch.float64).view(3, 10).square()
+    mask = torch.rand(3, 10, generator=torch.Generator().manual_seed(0)) > 0.2
+    weights = weights_from_scores(scores, mask, rule, per=per)
+    torch.testing.assert_close(weights_from_scores(scores * factor, mask, rule, per=per), weights)
+
+
+@rules
+@pers
+def test_pads_and_traces_without_a_score_change_nothing(rule: str, per: str) -> None:
+    scores, mask = torch.rand(3, 8), torch.rand(3, 8) > 0.2
+    weights = weights_from_scores(scores, mask, rule, per=per)
+    wide, wide_mask = torch.full((5, 14), torch.nan), torch.zeros(5, 14, dtype=torch.bool)
+    wide[[0, 2, 4], 5:13], wide_mask[[0, 2, 4], 5:13] = scores, mask
+    wide[1], wide_mask[1] = 0, True  # no flow; row 3 has no token at all
+    padded = weights_from_scores(wide, wide_mask, rule, per=per)
+    torch.testing.assert_close(padded[[0, 2, 4], 5:13], weights, rtol=1e-6, atol=0)
+    assert (padded[[1, 3]] == 1).all() and (padded[[0, 2, 4], :5] == 1).all() and (padded[[0, 2, 4], 13:] == 1).all()
+
+
+@rules
+@pers
+def test_the_scores_of_a_batch_may_be_in_half_precision(rule: str, per: str) -> None:
+    scores = (torch.rand(8, 500) * 2000).half()  # their sum is far beyond 65504
+    mask = torch.ones(8, 500, dtype=torch.bool)
+    weights = weights_from_scores(scores, mask, rule, per=per)
+    assert weights.dtype == torch.float16
+    torch.testing.assert_close(
+        weights.float(), weights_from_scores(scores.float(), mask, rule, per=per), atol=1e-3, rtol=0
+    )
+
+
+@rules
+@pers
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+def test_nothing_to_weigh(rule: str, per: str, shape: tuple[int, ...]) -> None:
+    assert weights_from_scores(torch.ones(shape), torch.ones(shape).bool(), rule, per=per).shape == shape
 
 
 def test_the_share_of_thirty_tokens_is_not_rounded_up() -> None:
@@ -63,14 +200,17 @@ def test_laws_of_every_rule(rule: str, data: st.DataObject, gain: float) -> None
     scores = torch.tensor(data.draw(st.lists(number, min_size=n, max_size=n)), dtype=torch.float64)
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), dtype=torch.bool)
     weights = weights_from_scores(scores, mask, rule, gain=gain)
-    assert (weights[~mask] == 1).all() and (weights[scores == 0] == 1).all()
-    assert (weights >= min(1, gain) - 1e-12).all() and (weights <= max(1, gain) + 1e-12).all()
+    low, high = (0, 1) if rule == "keep" else (1, gain)
     part = weights[mask]
-    if len(part) and scores[mask].max() > 0:
-        assert part[scores[mask].argmax()] == pytest.approx(gain)  # the highest score gets the whole gain
+    if not (scores[mask] > 0).any():
+        assert (weights == 1).all()
+        return
+    assert (weights[~mask] == 1).all() and (part[scores[mask] == 0] == low).all()
+    assert (part >= min(low, high) - 1e-12).all() and (part <= max(low, high) + 1e-12).all()
+    assert part[scores[mask].argmax()] == pytest.approx(high)  # the highest score gets the highest weight
     order = scores[mask].argsort()
-    steps = part[order].diff() * (1 if gain >= 1 else -1)
-    if rule != "top":  # of tied scores "top" may take only the earlier one
+    steps = part[order].diff() * (1 if high >= low else -1)
+    if rule not in ("top", "keep"):  # of tied scores these may take only the earlier one
         assert (steps >= -1e-12).all()
     # scores outside the mask, even NaN, change nothing; nor does a common factor
     other = torch.where(mask, scores, torch.nan)
@@ -92,12 +232,13 @@ def test_padded_rows_equal_the_rows_alone(rule: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rule": "best"}, "rule must be one of 'top', 'proportional', 'rank', 'softmax', got 'best'"),
+        ({"rule": "best"}, "rule must be one of 'top', 'proportional', 'rank', 'softmax', 'keep', got 'best'"),
         ({"top": 0}, r"top must be in \(0, 1\], got 0"),
         ({"top": 40}, r"top must be in \(0, 1\], got 40"),
         ({"gain": -1}, "gain must be finite and >= 0, got -1"),
         ({"gain": float("nan")}, "gain must be finite"),
         ({"temperature": 0}, "temperature must be > 0"),
+        ({"per": "token"}, "per must be one of 'sequence', 'batch', got 'token'"),
         ({"mask": torch.ones(4, dtype=torch.bool)}, r"mask must be bool \[3\] like scores, got \[4\]"),
         ({"mask": torch.ones(3)}, "mask must be bool"),
         ({"scores": torch.ones(3, dtype=torch.int64)}, r"scores must be a float tensor \[T\] or \[B, T\]"),
@@ -112,19 +253,19 @@ def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
         weights_from_scores(**arguments)
 
 
-def by_hand(graph: TokenGraph, scores: Tensor) -> list[float]:
-    return top_by_hand(scores.tolist(), graph.credit_mask.tolist(), "0.4", 1.5)
-
-
 @pytest.mark.parametrize("score", ["throughput", "reach"])
+@pers
+@pytest.mark.parametrize("rule", ["top", "keep"])
 @given(several=st.lists(graphs(max_tokens=16), min_size=1, max_size=4))
-def test_credit_of_a_batch_is_the_definition_graph_by_graph(score: str, several: list[TokenGraph]) -> None:
+def test_credit_of_a_batch_is_the_definition(score: str, per: str, rule: str, several: list[TokenGraph]) -> None:
     flow = trace_flow(Batch.from_data_list(several))
-    credits = credit(flow, score)
+    credits = credit(flow, score, rule=rule, per=per)
+    parts = [part.throughput if score == "throughput" else part.reach for part in flow]
+    masks = [graph.credit_mask.tolist() for graph in several]
+    expected = weights_by_hand([part.tolist() for part in parts], masks, rule, per)
     assert len(credits) == len(several)
-    for graph, one, part in zip(several, credits, flow, strict=True):
-        scores = part.throughput if score == "throughput" else part.reach
-        assert one.weights.tolist() == by_hand(graph, scores)
+    for graph, one, scores, weights in zip(several, credits, parts, expected, strict=True):
+        assert one.weights.tolist() == weights
         assert torch.equal(one.scores, scores) and torch.equal(one.mask, graph.credit_mask)
         dry = not bool((scores[graph.credit_mask] > 0).any())
         blind = not bool(graph.answer_mask.any())
@@ -154,3 +295,15 @@ def test_weights_come_back_in_the_callers_layout() -> None:
 def test_unknown_score() -> None:
     with pytest.raises(ValueError, match="score must be one of 'throughput', 'reach', got 'attention'"):
         credit(trace_flow(random_graph(8)), "attention")
+
+
+@pytest.mark.parametrize(("rule", "gain"), [("top", 1.5), ("top", 0.5), ("keep", 1.5)])
+def test_which_tokens_got_credit(rule: str, gain: float) -> None:
+    """Those that stand out, whichever way the rule makes them: the damped ones of a gain below 1 don't."""
+    flow = trace_flow(Batch.from_data_list([random_graph(30, seed=1), random_graph(20, seed=2)]))
+    found = credit(flow, rule=rule, gain=gain)
+    for one in found:
+        count = math.ceil(0.4 * int(one.mask.sum()))
+        assert int(one.credited.sum()) == (int(one.mask.sum()) - count if gain < 1 else count)
+        assert not one.credited[~one.mask].any()
+    assert not credit(flow, gain=1.0).credited.any()

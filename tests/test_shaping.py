@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowgraph.rl import shape_advantages
+from flowgraph.credit import weights_from_scores
+from flowgraph.rl.shaping import schedule, shape_advantages, warmed
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -132,6 +133,137 @@ def test_empty_batches_and_rows() -> None:
         assert shape_advantages(empty, empty, empty.bool(), normalize=True).shape == shape
 
 
+# --- the rows that a training step really meets -----------------------------------------------------------------------
+
+options = pytest.mark.parametrize("normalize", [False, True])
+all_signs = pytest.mark.parametrize("signs", ["both", "positive", "negative"])
+
+
+@options
+@all_signs
+def test_a_row_without_answer_trains_as_before(signs: Any, normalize: bool) -> None:
+    """Its weights are uniform; the other row is weighted as if it were alone."""
+    advantages, mask = torch.tensor([0.7, -0.3]), torch.ones(2, 4, dtype=torch.bool)
+    weights = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.5, 1.0, 1.0, 1.5]])
+    shaped = shape_advantages(advantages, weights, mask, signs=signs, normalize=normalize)
+    assert torch.equal(shaped[0], advantages[:1].expand(4))
+    alone = shape_advantages(advantages[1:], weights[1:], mask[1:], signs=signs, normalize=normalize)
+    assert torch.equal(shaped[1:], alone)
+
+
+@options
+@all_signs
+def test_an_advantage_of_zero_stays_zero(signs: Any, normalize: bool) -> None:
+    weights, mask = torch.tensor([[0.0, 1.5, 9.0]]), torch.ones(1, 3, dtype=torch.bool)
+    for advantages in (torch.zeros(1), torch.zeros(1, 3)):
+        assert (shape_advantages(advantages, weights, mask, signs=signs, normalize=normalize) == 0).all()
+
+
+@options
+def test_an_empty_or_fully_masked_row_keeps_its_advantages(normalize: bool) -> None:
+    advantages = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    weights = torch.tensor([[torch.nan, torch.inf, -1.0], [3.0, 1.0, 1.0]])
+    mask = torch.tensor([[0, 0, 0], [1, 1, 1]])
+    shaped = shape_advantages(advantages, weights, mask, normalize=normalize)
+    assert torch.equal(shaped[0], advantages[0]) and not torch.equal(shaped[1], advantages[1])
+
+
+@options
+def test_tool_output_keeps_its_advantage_and_is_not_in_the_mean(normalize: bool) -> None:
+    weights = torch.tensor([[1.5, 100.0, 0.5, 100.0, 1.0]])
+    mask = torch.tensor([[1, 0, 1, 0, 1]])  # a tool wrote tokens 1 and 3
+    shaped = shape_advantages(torch.tensor([2.0]), weights, mask, normalize=normalize)
+    assert shaped.tolist() == [[3.0, 2.0, 1.0, 2.0, 2.0]]  # the mean of 1.5, 0.5 and 1 is 1
+
+
+@options
+def test_what_stands_under_pads_is_neither_read_nor_changed(normalize: bool) -> None:
+    advantages = torch.tensor([[torch.nan, 2.0, -2.0, torch.inf]])
+    weights = torch.tensor([[-1.0, 1.5, 0.5, torch.nan]])
+    shaped = shape_advantages(advantages, weights, torch.tensor([[0, 1, 1, 0]]), normalize=normalize)
+    assert shaped[0, 1:3].tolist() == [3.0, -1.0]
+    assert shaped[0, 0].isnan() and shaped[0, 3] == torch.inf
+
+
+@options
+def test_a_row_of_which_nothing_is_kept_is_not_trained_on(normalize: bool) -> None:
+    """The rule "keep" over a batch may leave a row with weights of 0 only, which has no mean to divide by."""
+    scores = torch.tensor([[5.0, 4.0, 3.0], [1.0, 2.0, 1.0]])
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    weights = weights_from_scores(scores, mask, "keep", top=0.5, per="batch")
+    shaped = shape_advantages(torch.tensor([1.0, 1.0]), weights, mask, normalize=normalize)
+    assert shaped.tolist() == [[1, 1, 1], [0, 0, 0]]
+
+
+# --- warm-up and annealing --------------------------------------------------------------------------------------------
+
+
+def test_schedule_by_hand() -> None:
+    assert [schedule(step, 4, 6, 2) for step in range(10)] == [0, 0.25, 0.5, 0.75, 1, 1, 1, 0.5, 0, 0]
+    assert [schedule(step) for step in (0, 1, 10**9)] == [1, 1, 1]
+    assert [schedule(step, 2) for step in range(4)] == [0, 0.5, 1, 1]
+    assert [schedule(step, 0, 2, 0) for step in range(4)] == [1, 1, 0, 0]
+    assert [schedule(step, 2, 2, 2) for step in range(6)] == [0, 0.5, 1, 0.5, 0, 0]
+
+
+@given(step=st.integers(0, 200), up=st.integers(0, 50), hold=st.integers(0, 50), down=st.integers(0, 50))
+def test_schedule_goes_up_once_and_down_once(step: int, up: int, hold: int, down: int) -> None:
+    now, then = schedule(step, up, up + hold, down), schedule(step + 1, up, up + hold, down)
+    assert 0 <= now <= 1
+    assert then >= now if step < up else then <= now
+    assert schedule(up + hold + down, up, up + hold, down) == 0
+    if hold:
+        assert schedule(up, up, up + hold, down) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"step": -1}, ValueError, "step is -1: expected at least 0"),
+        ({"step": 1.5}, TypeError, "step is 1.5: expected a whole number of steps"),
+        ({"warmup_steps": -3}, ValueError, "warmup_steps is -3"),
+        ({"warmup_steps": True}, TypeError, "warmup_steps is True"),
+        ({"warmup_steps": None}, TypeError, "warmup_steps is None"),
+        ({"anneal_after": -1}, ValueError, "anneal_after is -1"),
+        ({"anneal_after": 5, "anneal_steps": -1}, ValueError, "anneal_steps is -1"),
+        ({"anneal_steps": 5}, ValueError, "anneal_steps is 5 and anneal_after None"),
+        ({"warmup_steps": 9, "anneal_after": 5}, ValueError, "anneal_after is 5, before the end of warmup_steps 9"),
+    ],
+)
+def test_bad_schedules(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        schedule(**({"step": 0} | arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=seeds, part=st.floats(0, 1))
+def test_warmed_is_the_formula(seed: int, part: float, dtype: torch.dtype) -> None:
+    weights = case(seed, dtype=dtype)[1]
+    tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    expected = 1 + part * (weights.double() - 1)
+    found = warmed(weights, part)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(bits(warmed(weights, 1.0)), bits(weights))
+    assert torch.equal(bits(warmed(weights, 0.0)), bits(torch.ones_like(weights)))
+    assert torch.equal(bits(warmed(torch.ones_like(weights), part)), bits(torch.ones_like(weights)))
+
+
+@pytest.mark.parametrize("rule", ["top", "proportional", "rank", "softmax"])
+def test_warm_up_is_a_smaller_gain(rule: str) -> None:
+    scores, mask = torch.rand(3, 9), torch.rand(3, 9) > 0.2
+    full = weights_from_scores(scores, mask, rule, gain=2.0)
+    torch.testing.assert_close(warmed(full, 0.25), weights_from_scores(scores, mask, rule, gain=1.25))
+
+
+@pytest.mark.parametrize("part", [-0.1, 1.1, float("nan")])
+def test_a_part_is_from_0_to_1(part: float) -> None:
+    with pytest.raises(ValueError, match=r"part is .*: expected 0 to 1"):
+        warmed(torch.ones(2), part)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
 A, C, M = torch.ones(2), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
 
 
@@ -170,11 +302,6 @@ def at(tensor: Tensor, value: float) -> Tensor:
         ),
         ({"mask": at(M.long(), 2)}, ValueError, r"mask is 2 at row 1, token 2"),
         ({"signs": "all"}, ValueError, r"signs is 'all': expected one of 'both', 'positive', 'negative'"),
-        (
-            {"weights": C * torch.tensor([[1.0], [0.0]]), "normalize": True},
-            ValueError,
-            r"weights\[1\] is 0 at every",
-        ),
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], message: str) -> None:

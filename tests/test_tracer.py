@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowgraph import Threshold, TokenGraph, TopK, Tracer, credit, trace_flow
+from flowgraph.capture import recording
 from tests.graphs import mask_of
 from tests.models import VOCABULARY, eager_attention, tiny
 
@@ -104,6 +105,33 @@ def test_a_batch_equals_its_rows_in_any_layout(model: Any) -> None:
     )
     assert [len(trace) for trace in traces] == list(lengths) and traces.weights.shape == (1, sum(lengths))
     assert torch.equal(traces.weights[0], torch.cat([one.weights for one in alone]))
+
+
+def test_a_recorded_pass_takes_the_place_of_our_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer, real = Tracer(model), torch.ones(3, T, dtype=torch.bool)
+    real[1, :4] = False
+    masks: dict[str, Any] = {"prompt_mask": prompts() & real, "answer_tokens": answers()}
+    expected = tracer.from_ids(ids(), real, **masks)
+    with torch.no_grad(), recording(model) as captures:
+        model(ids(), attention_mask=real, position_ids=(real.cumsum(-1) - 1).clamp(min=0))
+    monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("the model ran"))
+    traces = tracer.from_ids(ids(), real, **masks, captured=captures[0])
+    torch.testing.assert_close(traces.flow.throughput, expected.flow.throughput, rtol=1e-4, atol=1e-7)
+    assert torch.equal(traces.weights, expected.weights)
+    one = {name: mask[2:] for name, mask in masks.items()}
+    (alone,) = tracer.from_ids(ids()[2:], real[2:], **one, captured=captures[0].select([2]))
+    assert torch.equal(alone.throughput, traces[2].throughput)
+
+
+def test_a_capture_that_does_not_fit_is_refused(model: Any) -> None:
+    with torch.no_grad(), recording(model, layers=[1]) as captures:
+        model(ids())
+    fits: dict[str, Any] = {"prompt_mask": prompts(), "answer_tokens": answers()}
+    assert len(Tracer(model, layers=[1]).from_ids(ids(), **fits, captured=captures[0])) == 3
+    with pytest.raises(ValueError, match=r"captured holds layers \[1\], .* are \[2, 3\]"):
+        Tracer(model).from_ids(ids(), **fits, captured=captures[0])
+    with pytest.raises(ValueError, match=r"captured is of a pass over \[B, T\] = \[2, 30\], input_ids is \[3, 30\]"):
+        Tracer(model, layers=[1]).from_ids(ids(), **fits, captured=captures[0].select([0, 1]))
 
 
 def test_options_reach_where_they_belong(model: Any) -> None:
