@@ -16,14 +16,18 @@ from flowgraph._version import __version__
 
 if TYPE_CHECKING:
     from flowgraph.answers import find_answer
+    from flowgraph.backbone import Backbone, backbone, hubs, paths, width
     from flowgraph.capture import Capture, capture
+    from flowgraph.checkpoints import Checkpoint, carriers, checkpoints
     from flowgraph.coarse import contract
     from flowgraph.credit import Credit, credit, weights_from_scores
     from flowgraph.exact import exact_flow
     from flowgraph.flow import Flow, trace_flow
     from flowgraph.graph import TokenGraph
     from flowgraph.layers import AnswerReachability, FlowPropagation
+    from flowgraph.measures import AddMeasures, measures
     from flowgraph.options import Options
+    from flowgraph.report import report
     from flowgraph.rows import AttentionRows, DenseRows
     from flowgraph.segments import Segments, split
     from flowgraph.spans import locate
@@ -33,13 +37,17 @@ if TYPE_CHECKING:
 
 _HOME = {
     "answers": ("find_answer",),
+    "backbone": ("Backbone", "backbone", "hubs", "paths", "width"),
     "capture": ("Capture", "capture"),
+    "checkpoints": ("Checkpoint", "carriers", "checkpoints"),
     "coarse": ("contract",),
     "credit": ("Credit", "credit", "weights_from_scores"),
     "exact": ("exact_flow",),
     "flow": ("Flow", "trace_flow"),
     "graph": ("TokenGraph",),
     "layers": ("AnswerReachability", "FlowPropagation"),
+    "measures": ("AddMeasures", "measures"),
+    "report": ("report",),
     "rows": ("AttentionRows", "DenseRows"),
     "segments": ("Segments", "split"),
     "sparsify": ("Edges", "Mass", "Threshold", "TopK", "sparsify"),
@@ -71,9 +79,12 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 __all__ = [
+    "AddMeasures",
     "AnswerReachability",
     "AttentionRows",
+    "Backbone",
     "Capture",
+    "Checkpoint",
     "Credit",
     "DenseRows",
     "Edges",
@@ -89,14 +100,22 @@ __all__ = [
     "Tracer",
     "Traces",
     "__version__",
+    "backbone",
     "capture",
+    "carriers",
+    "checkpoints",
     "contract",
     "credit",
     "exact_flow",
     "find_answer",
+    "hubs",
     "locate",
+    "measures",
+    "paths",
+    "report",
     "sparsify",
     "split",
     "trace_flow",
     "weights_from_scores",
+    "width",
 ]

@@ -1,32 +1,8 @@
-r"""What the flow of a trace is like, in numbers: one per trace, comparable between traces.
+"""What the flow of a trace is like, in numbers that compare between traces. `ABOUT` says what each one is.
 
-`f` is the flow through a token, `phi` the flow on an edge, `C` the tokens that may get credit (`credit_mask`), `R` the
-response, `Q` the question; all sums are over one graph. A path is taken with the probability that flow takes it.
-
-    path_length_mean, path_length_p90, path_length_max    edges on a path: mean, 90th percentile, and the length that
-                      all but 0.1 % of the flow stays below
-    direct_share      flow that goes from the question to the answer over one edge
-    effective_tokens  1 / sum p^2 with p = f / sum f over C: over how many tokens the flow is spread
-    effective_share   effective_tokens / |C|
-    entropy           - sum p log p / log |C|: 1 if all tokens of C carry the same
-    gini              inequality of f over C: 0 if all carry the same, towards 1 if one carries all
-    top_tenth         share of the flow over C in its ceil(|C| / 10) strongest tokens
-    distance_mean     tokens between the ends of an edge, mean by flow; distance_relative: over N
-    local_share       flow on edges over at most 10 tokens
-    width_mean, width_min, width_min_place    effective number of edges (sum phi)^2 / sum phi^2 that cross from one
-                      position of the response to the next: mean, least, and where that is (0 its begin, 1 its end);
-                      without those that less than a thousandth of the flow crosses
-    place_mean        where the flow over R is: mean place, 0 its begin, 1 its end
-    quarter_1 .. 4    share of the flow over R in each quarter of it
-    near_answer       share of the flow over C within 32 tokens before the first sink
-    question_share    effective number of question tokens by reach, over |Q|: how much of the question was used
-    prompt_share, response_share, sink_share    share of sum f in prompt, response and sinks (a token may count twice)
-    digit_share, operator_share, delimiter_share, word_share    share of the flow over C by what the token is (needs
-                      text); *_lift: that over the share of such tokens in C
-    unlisted_share    flow on edges that the graph does not list, of all; 0 but for exact mode
-
-NaN where a trace has no flow, no text, or nothing to divide by. The formulas of this list are the definition; the tests
-hold them against plain loops.
+`f` is the flow through a token, `phi` the flow on an edge, `p` a token's share of the sum of `f` over C, `C` the tokens
+that may get credit (`credit_mask`), `R` the response, `Q` the question; all sums are over one graph. A path is taken
+with the probability that flow takes it. Where a trace has no flow, no text or nothing to divide by, a measure is NaN.
 
 Shapes: N tokens, E edges, B graphs of a batch.
 """
@@ -52,17 +28,36 @@ _LOCAL = 10
 _NEAR = 32
 _CROSSES = 1e-3
 
-MEASURES = (
-    "path_length_mean", "path_length_p90", "path_length_max", "direct_share",
-    "effective_tokens", "effective_share", "entropy", "gini", "top_tenth",
-    "distance_mean", "distance_relative", "local_share",
-    "width_mean", "width_min", "width_min_place",
-    "place_mean", "quarter_1", "quarter_2", "quarter_3", "quarter_4", "near_answer", "question_share",
-    "prompt_share", "response_share", "sink_share",
-    *(f"{name}_share" for name in CLASSES), *(f"{name}_lift" for name in CLASSES),
-    "unlisted_share",
-)  # fmt: skip
-"""Their names, in the order of the table above."""
+ABOUT = {
+    "path_length_mean": "edges on a path from question to answer, mean by flow",
+    "path_length_p90": "the length that 90 % of the flow does not exceed",
+    "path_length_max": "the length that 99.9 % of the flow does not exceed",
+    "direct_share": "flow that goes from the question to the answer over one edge",
+    "effective_tokens": "1 / sum p^2 over C: over how many tokens the flow is spread",
+    "effective_share": "effective_tokens / |C|",
+    "entropy": "- sum p log p / log |C|: 1 if all tokens of C carry the same",
+    "gini": "inequality of f over C: 0 if all carry the same, towards 1 if one carries all",
+    "top_tenth": "share of the flow over C in its ceil(|C| / 10) strongest tokens",
+    "distance_mean": "tokens from one end of an edge to the other, mean by flow",
+    "distance_relative": "distance_mean / N",
+    "local_share": f"flow on edges over at most {_LOCAL} tokens, of all edges",
+    "width_mean": "effective number of edges, (sum phi)^2 / sum phi^2, that cross from one position of R to the next, "
+    f"mean over positions that at least {_CROSSES:g} of the flow crosses",
+    "width_min": "the least of these widths",
+    "width_min_place": "where that is: 0 the begin of R, 1 its end",
+    "place_mean": "where the flow over R is, mean place: 0 the begin of R, 1 its end",
+    **{f"quarter_{q}": f"share of the flow over R in its quarter {q}" for q in (1, 2, 3, 4)},
+    "near_answer": f"share of the flow over C within {_NEAR} tokens before the first sink",
+    "question_share": "effective number of tokens of Q by reach, over |Q|: how much of the question was used",
+    "prompt_share": "share of the sum of f in the prompt",
+    "response_share": "share of the sum of f in R",
+    "sink_share": "share of the sum of f in the sinks",
+    **{f"{name}_share": f"share of the flow over C in tokens that are a {name} (needs text)" for name in CLASSES},
+    **{f"{name}_lift": f"{name}_share over the share of such tokens in C" for name in CLASSES},
+    "unlisted_share": "flow on edges that the graph does not list, of all; 0 but for exact mode",
+}
+"""What each measure is, in one line. The tests hold them against plain loops."""
+MEASURES = tuple(ABOUT)
 
 
 def measures(

@@ -21,6 +21,8 @@ from flowgraph.credit import Credit
 from flowgraph.flow import Flow
 from flowgraph.graph import TokenGraph
 from flowgraph.options import Options
+from flowgraph.page import write
+from flowgraph.report import report
 from flowgraph.rows import AttentionRows
 from flowgraph.segments import Segments, Splitter, split
 from flowgraph.spans import Spans
@@ -177,11 +179,17 @@ class Trace:
             "summary": self.summary(),
         }
 
-    def to_html(self, path: str | Path, title: str = "FlowGraph") -> Path:
-        """Write the trace as one self-contained HTML page."""
-        from flowgraph.page import write
+    def report(self, by: str | Splitter | Segments | None = "sentences", **how: Any) -> dict[str, Any]:
+        """`to_dict` with the sentence graph, backbone, checkpoints and measures; see `flowgraph.report`."""
+        return report(self, by, **how)
 
-        return write(path, [self.to_dict()], title=title)
+    def to_html(
+        self, path: str | Path, title: str = "FlowGraph", by: str | Splitter | Segments | None = "sentences"
+    ) -> Path:
+        """Write the report as one self-contained HTML page. (Several traces on a page: `flowgraph.page.write`.)"""
+        return write(
+            path, [self.report(by if self.text is not None or isinstance(by, Segments) else None)], title=title
+        )
 
     def __repr__(self) -> str:
         facts = self.summary()

@@ -28,11 +28,18 @@ ORDER = (
     "solve",
     "flow",
     "exact",
+    "coarse",
+    "backbone",
+    "checkpoints",
+    "measures",
+    "compare",
     "credit",
     "page",
     "options",
+    "report",
     "trace",
     "tracer",
+    "stability",
     "__init__",
     "demo",
     "terminal",
@@ -41,7 +48,7 @@ ORDER = (
     "cli",
 )
 # These import nothing of flowgraph, and any module may import them.
-LEAVES = ("_version", "answers", "smollm2")
+LEAVES = ("_version", "answers", "segments", "smollm2")
 
 # A trainer is known to its adapter alone.
 TRAINERS = {"nemo_rl", "openrlhf", "prime_rl", "roll", "skyrl", "skyrl_train", "slime", "trl", "verl"}

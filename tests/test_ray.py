@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 
+from flowgraph.adapters import service
 from flowgraph.adapters.ray import RayScorer
 from flowgraph.rl import Crediting, FlowConfig, Scored, Scorer
 from tests.written import ANSWERS, TOKENIZER, VOCABULARY, ids, is_mark, marked, policy, written_by_hand
@@ -415,3 +416,19 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delitem(sys.modules, "flowgraph.adapters.ray")
     with pytest.raises(ImportError, match=r"flowgraph-llm\[ray\]"):
         importlib.import_module("flowgraph.adapters.ray")
+
+
+def test_a_service_with_workers(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a configuration to factors, with the model on an actor."""
+    monkeypatch.setattr(service, "_SERVICES", {})
+    written_by_hand(max_position_embeddings=128).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    flow = {"answer": r"re:=(\d)", "preset": "paper", "gain": 3.0}
+    made = service.crediting({"model": str(tmp_path), "workers": 1, "cpus_per_worker": 0.5, "flow": flow})
+    assert isinstance(made.scorer, RayScorer)
+    try:
+        token_ids, masks = rollouts([marked(3, 4), marked(0, 2)])
+        factors = made.factors(token_ids, masks, [1.0, -1.0])
+        assert all(torch.equal(one == 3, is_mark(row)) for one, row in zip(factors, token_ids, strict=True))
+    finally:
+        made.scorer.close()
