@@ -171,15 +171,26 @@ class Service(Crediting):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest folder below (or at) `folder` with a complete checkpoint of transformers; None if there is none."""
+    """The newest folder below (or at) `folder` with a complete checkpoint of a language model; None if there is none.
+
+    Critics and reward models, which trainers leave beside their policy, are passed over by what their config.json says.
+    """
     found = []
     for config in folder.rglob("config.json"):
         weights = [*config.parent.glob("*.safetensors"), *config.parent.glob("*.safetensors.index.json")]
-        if weights:
+        if weights and _is_language_model(config):
             latest = max(path.stat().st_mtime for path in [config, *weights])
             if time.time() - latest >= SETTLED_SECONDS:
                 found.append((latest, config.parent))
     return max(found)[1] if found else None
+
+
+def _is_language_model(config: Path) -> bool:
+    try:
+        names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+    except (ValueError, AttributeError):  # half written
+        return False
+    return not any(name.endswith(("Classification", "RewardModel", "ForScore")) for name in names)
 
 
 _SERVICES: dict[str, Service] = {}

@@ -106,6 +106,10 @@ def test_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     saved(policy(), tmp_path / "step_3" / "actor")  # being written, for all one can know
     (tmp_path / "step_4").mkdir()
     (tmp_path / "step_4" / "config.json").write_text("{}")  # a configuration without weights
+    saved(policy(), tmp_path / "step_2" / "critic", 100)
+    config = tmp_path / "step_2" / "critic" / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "LlamaForTokenClassification"))
+    os.utime(config, (time.time() - 100,) * 2)
     assert newest_checkpoint(tmp_path) == tmp_path / "step_2" / "actor"
 
 
