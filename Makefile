@@ -1,12 +1,20 @@
 # Everything happens in .venv of this checkout; pip's own settings (PIP_INDEX_URL, ...) apply.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu lint types format bench wheel clean
+.PHONY: help setup demo test test-long test-gpu test-verl lint types format bench wheel clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+
+# verl wants another transformers than the rest of the project, hence an environment of its own. What it imports is
+# named here, and verl itself comes without its dependencies: these bring CUDA, vLLM or SGLang, which no test needs.
+VERL_VENV ?= .venv-verl
+VERL_BIN := $(VERL_VENV)/bin
+VERL_READY := $(VERL_VENV)/.ready
+VERL_NEEDS := accelerate cachetools codetiming datasets dill fastapi hydra-core pandas peft pillow pyarrow ray \
+  tensordict torchdata TransferQueue transformers uvicorn torch-geometric scipy pytest hypothesis
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +41,18 @@ test-long: setup  ## the long tests
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+
+test-verl: $(VERL_READY)  ## the tests against the real verl, in an environment of their own (.venv-verl)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest -q tests/verl $(PYTEST_ARGS)
+
+$(VERL_READY): pyproject.toml constraints-verl.txt
+	@test -x $(VERL_BIN)/python || { echo "Making $(VERL_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VERL_VENV); }
+	@echo "Installing torch, then what verl imports"
+	@$(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt torch
+	@$(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt torch $(VERL_NEEDS)
+	@$(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt --no-deps verl
+	@$(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
 
 lint: setup  ## ruff: rules and layout of the code
 	@$(BIN)/ruff check --quiet .

@@ -200,7 +200,7 @@ def read_parquet(stem: str | Path) -> TokenGraph:
 
 
 def write_json(what: Trace | Flow | TokenGraph, path: str | Path) -> Path:
-    """Write {"about": .., "nodes": {column: [..]}, "edges": {column: [..]}} as JSON; what is not finite becomes null."""
+    """Write {"about": .., "nodes": {column: [..]}, "edges": {column: [..]}} as JSON; NaN and infinity become null."""
     tables = Tables.of(what)
     out = {"about": tables.about}
     for name, columns in (("nodes", tables.nodes), ("edges", tables.edges)):

@@ -36,6 +36,7 @@ from flowgraph.rl.scorer import Credits, Scorer
 ENVIRONMENT = "FLOWGRAPH_CONFIG"
 SETTLED_SECONDS = 30.0
 """A checkpoint counts as complete if none of its files has changed for so long."""
+_STABLE = "STABLE"
 
 
 @dataclass(frozen=True)
@@ -173,15 +174,18 @@ class Service(Crediting):
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest folder below (or at) `folder` with a complete checkpoint of a language model; None if there is none.
 
-    Critics and reward models, which trainers leave beside their policy, are passed over by what their config.json says.
+    A checkpoint is a folder of safetensors with a config.json, or with the file STABLE that prime-rl puts beside them
+    when they are complete. Critics and reward models, which trainers leave beside their policy, are passed over by what
+    their config.json says.
     """
     found = []
-    for config in folder.rglob("config.json"):
-        weights = [*config.parent.glob("*.safetensors"), *config.parent.glob("*.safetensors.index.json")]
-        if weights and _is_language_model(config):
-            latest = max(path.stat().st_mtime for path in [config, *weights])
-            if time.time() - latest >= SETTLED_SECONDS:
-                found.append((latest, config.parent))
+    for place in {weights.parent for weights in folder.rglob("*.safetensors")}:
+        files = [one for one in place.iterdir() if one.suffix in (".safetensors", ".json") or one.name == _STABLE]
+        names = {one.name for one in files}
+        if _STABLE in names or ("config.json" in names and _is_language_model(place / "config.json")):
+            latest = max(one.stat().st_mtime for one in files)
+            if _STABLE in names or time.time() - latest >= SETTLED_SECONDS:
+                found.append((latest, place))
     return max(found)[1] if found else None
 
 

@@ -1,33 +1,36 @@
 """Token credits in TRL: `FlowGRPOTrainer` is `GRPOTrainer` with one more argument, `flow=FlowConfig(...)`.
 
     TRL generates, rewards, makes advantages [B]          (untouched)
-      -> the responses with a non-zero advantage are traced with the policy itself, without gradient
-      -> advantages [B, C] = weights [B, C] * advantages  (flowgraph.rl.shape_advantages)
+      -> scores: from the forward pass that TRL makes for old log-probabilities, where it makes one; else from one more
+         pass of the responses with a non-zero advantage, without gradient
+      -> advantages [B, C] = factors [B, C] * advantages  (flowgraph.rl.Crediting)
       -> TRL's own loss, which takes advantages of either shape
 
 Nothing else of TRL is replaced: generation, rewards, the loss, its denominator and its clipping stay what they are.
-A response that cannot be traced keeps weight 1 and is counted in the logs. docs/trainers/trl.md has the whole story.
+A response that cannot be scored keeps weight 1 and is counted in the logs. docs/trainers/trl.md has the whole story.
 
-Shapes: B responses, P prompt tokens (padded left), C completion tokens (padded right), T = P + C.
+Shapes: B responses, P prompt tokens (padded left), C completion tokens (padded right), T = P + C, N tokens of one
+response with its prompt, without pads.
 """
 
 from __future__ import annotations
 
+import inspect
 import time
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from flowgraph.answers import find_answer
-from flowgraph.credit import SCORES, weights_from_scores
-from flowgraph.options import Options
-from flowgraph.rl.monitor import KEYS, entropy_overlap, monitor
-from flowgraph.rl.shaping import Signs, shape_advantages
-from flowgraph.spans import NO_ANSWER, PRESETS
+from flowgraph.capture import Capture, evaluation_mode, recording, softmax_layers_of
+from flowgraph.credit import SCORES
+from flowgraph.rl.config import FlowConfig
+from flowgraph.rl.crediting import Crediting, Factors
+from flowgraph.rl.monitor import KEYS, entropy_overlap
+from flowgraph.rl.samples import Sample, samples_of
+from flowgraph.rl.scorer import Credits, SampleScore, Scored, Scorer, chunks
 from flowgraph.tracer import Tracer
 
 try:
@@ -40,57 +43,10 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+__all__ = ["FlowConfig", "FlowGRPOTrainer", "FlowMixin"]
+
 _RATIO_OF_THE_SEQUENCE_IS_HARMLESS = ("cispo", "vespo")
 """Loss types whose gradient is advantage * d log p of each token even with one importance ratio per sequence."""
-
-
-@dataclass(frozen=True)
-class FlowConfig(Options):
-    """How a trainer gets its credits: the `Options` of a `Tracer`, and what is done with the weights.
-
-    Attributes:
-        signs: the advantages that are weighted: "both", only "positive" or only "negative".
-        normalize: divide the weights of a response by their mean, so that its share of the update keeps its size.
-        warmup_steps: optimizer steps over which the weights go linearly from 1 to what `gain` makes of them.
-        max_batch_tokens: tokens, pads included, of one forward pass for credits. A longer response goes alone.
-        scorer: the model that is traced; None: the policy itself. Another one must have the same tokenizer; it is
-            moved to the trainer's device, unless a device map says where it is.
-    """
-
-    signs: Signs = "both"
-    normalize: bool = False
-    warmup_steps: int = 0
-    max_batch_tokens: int = 16384
-    scorer: nn.Module | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # What else would only show up as samples that fail, one by one.
-        one = torch.ones(1)
-        weights_from_scores(one, one.bool(), self.rule, top=self.top, gain=self.gain, temperature=self.temperature)
-        shape_advantages(one, one[:, None], one[:, None].bool(), signs=self.signs)
-        find_answer("", self.answer)
-        for name, choices in (("score", SCORES), ("preset", PRESETS), ("no_answer", NO_ANSWER)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
-        if self.question != "prompt":
-            raise ValueError(f'question must be "prompt", got {self.question!r}: a trainer keeps ids, not messages')
-        if self.tail_tokens < 1:
-            raise ValueError(f"tail_tokens must be at least 1, got {self.tail_tokens}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        if self.max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens must be at least 1, got {self.max_batch_tokens}")
-
-    def warmed(self, weights: Tensor, step: int) -> Tensor:
-        """The weights at an optimizer step, counted from 0: every rule is linear in the gain, so 1 + part * (w - 1)."""
-        if step >= self.warmup_steps:
-            return weights
-        return 1 + (weights - 1) * (step / self.warmup_steps)
-
-    def tracer(self, model: nn.Module, tokenizer: Any) -> Tracer:
-        """A `Tracer` with these options."""
-        return Tracer(model, tokenizer, **{option.name: getattr(self, option.name) for option in fields(Options)})
 
 
 class FlowMixin(_Base):
@@ -115,14 +71,18 @@ class FlowMixin(_Base):
     def __init__(self, *args: Any, flow: FlowConfig | None = None, **kwargs: Any) -> None:
         if not isinstance(self, GRPOTrainer):
             raise TypeError(f"{type(self).__name__} is no GRPOTrainer; write class Mine(FlowMixin, GRPOTrainer)")
-        super().__init__(*args, **kwargs)
         self.flow = FlowConfig() if flow is None else flow
         self._flow_entropy: Tensor | None = None
+        self._flow_tools: list[list[int]] | None = None
+        self._flow_wanted = False
+        self._flow_taken: _Taken | None = None
+        self._flow_refreshed: int | None = None
+        super().__init__(*args, **kwargs)
         self._refuse_what_would_do_nothing()
-        scorer = self.flow.scorer
-        if scorer is not None and getattr(scorer, "hf_device_map", None) is None:
-            scorer.to(self.accelerator.device)
-        self._try_the_tracer()
+        self._flow_crediting = Crediting(self._flow_scorer(), self.flow)
+        self._try_the_scorer()
+
+    # --- what is refused ----------------------------------------------------------------------------------------------
 
     def _refuse_what_would_do_nothing(self) -> None:
         args = self.args
@@ -143,104 +103,131 @@ class FlowMixin(_Base):
                 "processing_class is the processor of a vision-language model, whose images credits do not trace. "
                 "For training on text alone, pass its tokenizer: processing_class=processor.tokenizer"
             )
-        sharded = "FSDP" if self.is_fsdp_enabled else "DeepSpeed ZeRO-3" if self._is_zero3() else None
-        if sharded and self.flow.scorer is None:
+        self._refuse_what_is_sharded()
+
+    def _refuse_what_is_sharded(self) -> None:
+        sharding, flow = self._sharding(), self.flow
+        if sharding is None:
+            return
+        advice = "Pass FlowConfig(scorer=...), a copy of the policy or a smaller model with the same tokenizer"
+        if flow.scorer is None and sharding != "FSDP2":
+            raise ValueError(f"the policy is sharded by {sharding}, which credits cannot read. {advice}")
+        if flow.scorer is None and flow.score not in SCORES:
+            raise ValueError(f"the policy is sharded by {sharding}, and score={flow.score!r} needs it whole. {advice}")
+        if flow.refresh_steps and sharding != "FSDP2":
+            raise ValueError(f"refresh_steps cannot gather weights that {sharding} has sharded; set it to 0")
+        if flow.refresh_steps and _has_adapters(self.model):
             raise ValueError(
-                f"the policy is sharded by {sharded}, and a pass that stops early and has another number of chunks on "
-                "each process would hang it. Pass FlowConfig(scorer=...), a copy of the policy or a smaller model with "
-                "the same tokenizer that fits on each process"
+                "refresh_steps cannot merge adapters that are sharded; set it to 0, or train whole weights"
             )
 
-    def _is_zero3(self) -> bool:
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        return plugin is not None and plugin.zero_stage == 3
+    def _sharding(self) -> str | None:
+        """What keeps parts of each weight on each process: "FSDP1", "FSDP2", "DeepSpeed ZeRO-3" or None."""
+        state = self.accelerator.state
+        if self.is_fsdp_enabled:
+            return f"FSDP{state.fsdp_plugin.fsdp_version}"
+        deepspeed = getattr(state, "deepspeed_plugin", None)
+        return "DeepSpeed ZeRO-3" if deepspeed is not None and deepspeed.zero_stage == 3 else None
 
-    def _try_the_tracer(self) -> None:
-        """Trace six tokens, so that a model, a layer or an option that cannot work says so now."""
-        model = self._flow_model()
-        embeddings, words = model.get_input_embeddings().num_embeddings, len(self.processing_class)
-        if self.flow.scorer is not None and embeddings < words:
+    def _flow_scorer(self) -> Credits:
+        scorer = self.flow.scorer
+        if isinstance(scorer, Credits):
+            return scorer
+        if scorer is None:
+            return Scorer(self.accelerator.unwrap_model(self.model), self.processing_class, self.flow)
+        if getattr(scorer, "hf_device_map", None) is None:
+            scorer.to(self.accelerator.device)
+        return Scorer(scorer, self.processing_class, self.flow)
+
+    def _try_the_scorer(self) -> None:
+        """Score six tokens, so that a model, a layer or an option that cannot work says so now."""
+        scorer = self._flow_crediting.scorer
+        if not isinstance(scorer, Scorer):
+            return  # it runs somewhere else, and has been asked by its maker
+        words = scorer.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        if self.flow.scorer is not None and words < len(self.processing_class):
             raise ValueError(
-                f"scorer has {embeddings} token embeddings, the tokenizer {words} tokens: it must be a model with the "
-                "tokenizer of the policy"
+                f"scorer has {words} token embeddings, the tokenizer {len(self.processing_class)} tokens: it must be a "
+                "model with the tokenizer of the policy"
             )
-        ids = torch.arange(6)[None] % embeddings
+        ids = torch.arange(6)[None] % words
         place = torch.arange(6)[None]
-        tracer = self.flow.tracer(model, self.processing_class)
         try:
-            tracer.from_ids(ids, prompt_mask=place < 2, sink_mask=place == 4)
+            if self._sharding() and self.flow.scorer is None and not self.accelerator.is_main_process:
+                softmax_layers_of(scorer.model, ids)  # weights may not have come from the main process yet
+            else:
+                scorer.tracer.from_ids(ids, prompt_mask=place < 2, sink_mask=place == 4)
         except ValueError as error:
             raise ValueError(f"flow: {'scorer' if self.flow.scorer else 'model'} can't be traced: {error}") from error
 
-    def _flow_model(self) -> Any:
-        return self.accelerator.unwrap_model(self.model) if self.flow.scorer is None else self.flow.scorer
+    # --- the batch ----------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch with advantages [B, C] in it. Evaluation, which takes no gradient, is left alone."""
-        output = super()._generate_and_score_completions(inputs)
-        if self.model.training:
-            began = time.perf_counter()
-            self._put_credits_into(output)
-            seconds = self.accelerator.gather(
-                torch.tensor([time.perf_counter() - began], device=self.accelerator.device)
-            )
-            self._metrics["train"]["flow/seconds"].append(seconds.max().item())
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        began = time.perf_counter()
+        self._refresh_the_scorer()
+        seconds = time.perf_counter() - began
+        self._flow_wanted = self._reuses_a_pass()
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            taken = self._flow_taken
+        finally:
+            self._flow_wanted, self._flow_taken, self._flow_tools = False, None, None
+        began = time.perf_counter()
+        self._put_credits_into(output, taken)
+        seconds += time.perf_counter() - began + (0 if taken is None else taken.seconds)
+        mine = torch.tensor([seconds], device=self.accelerator.device)
+        self._metrics["train"]["flow/seconds"].append(self.accelerator.gather(mine).max().item())
         return output
 
-    def _put_credits_into(self, output: dict[str, Any]) -> None:
-        advantages, completion = output["advantages"], output["completion_mask"].bool()
+    def _put_credits_into(self, output: dict[str, Any], taken: _Taken | None) -> None:
+        completion = output["completion_mask"].bool()
         trained = completion & output["tool_mask"].bool() if "tool_mask" in output else completion
-        per_row = advantages if advantages.ndim == 1 else advantages.masked_fill(~trained, 0).sum(1)
-        moved = (advantages != 0) if advantages.ndim == 1 else ((advantages != 0) & trained).any(1)
-        rows = (moved & trained.any(1)).nonzero().flatten().tolist()
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        real = torch.cat([output["prompt_mask"].bool(), completion], dim=1)
+        batch = self._samples(ids, real, completion.shape[1], trained)
+        advantages = _by_sample(output["advantages"], completion, batch)
+        scored = None
+        if taken is not None and taken.fits(batch):
+            scored = Scored(batch, taken.found, self.flow)
+        elif self._sharding() and self.flow.scorer is None:
+            moved = [bool(torch.as_tensor(one).ne(0).any()) for one in advantages]
+            scored = Scored(batch, self._score_together(batch, moved), self.flow)
+        factors = self._flow_crediting.factors(
+            [one.token_ids for one in batch],
+            [one.response_mask for one in batch],
+            advantages,
+            step=self.state.global_step,
+            trained_mask=[one.response_mask & ~one.tool_mask for one in batch],
+            truncated=[one.truncated for one in batch],
+            scored=scored,
+        )
+        device = completion.device
+        per_token = output["advantages"] if output["advantages"].ndim == 2 else output["advantages"][:, None]
+        gains = _to_layout(list(factors), batch, torch.ones(completion.shape)).to(per_token)
+        output["advantages"] = torch.where(trained, gains * per_token, per_token)
+        # [B, C], shuffled and split along by TRL
+        output["flow_weights"] = _to_layout(factors.weights, batch, torch.ones(completion.shape)).to(device)
+        output["flow_mask"] = _to_layout(factors.masks, batch, torch.zeros(completion.shape).bool()).to(device)
+        self._log_shares(factors)
+        self._log_means(factors.means)
 
-        batch = _Batch(
-            ids=torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-            prompt=torch.cat([output["prompt_mask"].bool(), torch.zeros_like(completion)], dim=1),
-            response=torch.cat([torch.zeros_like(output["prompt_mask"]).bool(), completion], dim=1),
-            tool=torch.cat([torch.zeros_like(output["prompt_mask"]).bool(), completion & ~trained], dim=1),
-            truncated=self._cut_off(output["completion_ids"], completion),
+    def _samples(self, ids: Tensor, real: Tensor, num_completion: int, trained: Tensor) -> list[Sample]:
+        """One `Sample` per row of [B, T] ids and mask; trained [B, C]: completion tokens that have a loss."""
+        completion = real.clone()
+        completion[:, :-num_completion] = False
+        tool = completion.clone()
+        tool[:, -num_completion:] &= ~trained
+        return samples_of(
+            ids,
+            completion,
+            attention_mask=real,
+            prompt_mask=real & ~completion,
+            tool_mask=tool,
+            truncated=self._cut_off(ids[:, -num_completion:], completion[:, -num_completion:]),
         )
-        tracer = self.flow.tracer(self._flow_model(), self.processing_class)
-        credits = _credits(tracer, batch, rows, self.flow.max_batch_tokens)
-        for why in credits.failed.values():
-            # The same text is shown once (Python's default filter); the share of such rows is in the log.
-            warnings.warn(f"no credits for a response, its weights stay 1: {why}", stacklevel=3)
-
-        responses = slice(output["prompt_ids"].shape[1], None)
-        weights = credits.weights[:, responses].to(advantages.device)
-        mask = credits.mask[:, responses].to(advantages.device)
-        weights = self.flow.warmed(weights, self.state.global_step)
-        output["advantages"] = shape_advantages(
-            advantages, weights.to(advantages), trained, signs=self.flow.signs, normalize=self.flow.normalize
-        )
-        output["flow_weights"], output["flow_mask"] = weights, mask  # [B, C], shuffled and split along by TRL
-
-        # A response without a single token left to train on was not traced: empty, or masked because it was cut off.
-        blank = int((moved & ~trained.any(1)).sum())
-        flags = [flag for row in credits.flags.values() for flag in set(row)]
-        cut_off, no_answer = flags.count("cut_off"), flags.count("no_answer")
-        cut_off += blank if self.mask_truncated_completions else 0
-        no_answer += 0 if self.mask_truncated_completions else blank
-        self._log_shares(
-            len(rows) + blank,
-            {
-                "no_answer": no_answer,
-                "cut_off": cut_off,
-                "no_flow": flags.count("no_flow"),
-                "failed": len(credits.failed),
-            },
-            len(completion),
-        )
-        traced = [row for row in rows if row in credits.flags]
-        seen = monitor(
-            credits.throughput[:, responses][traced].to(weights),
-            weights[traced],
-            mask[traced],
-            text=[credits.text[row][responses] for row in traced],
-            rewards=per_row[traced] if traced else None,
-        )
-        self._log_means(seen)
 
     def _cut_off(self, completion_ids: Tensor, completion: Tensor) -> list[bool]:
         """[B] as TRL sees it: the last token neither ends a response nor is a pad."""
@@ -248,16 +235,96 @@ class FlowMixin(_Base):
         last = (completion.sum(1, keepdim=True) - 1).clamp(min=0)
         return (~torch.isin(completion_ids.gather(1, last)[:, 0], ends)).tolist()
 
-    # Every process takes part in each of these, whatever it has traced.
+    # --- credits in a pass that TRL makes anyway ----------------------------------------------------------------------
 
-    def _log_shares(self, rows: int, counts: dict[str, int], all_rows: int) -> None:
+    def _reuses_a_pass(self) -> bool:
+        """Will TRL compute old log-probabilities with the model that is to be read? Its own condition, in its words."""
+        flow, args = self.flow, self.args
+        if not flow.reuse or flow.scorer is not None or flow.score not in SCORES:
+            return False
+        misaligned = args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) != 0
+        return misaligned or (self.use_vllm and self.vllm_importance_sampling_correction)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; the third of what it returns are the masks of tool output, needed before the batch is there."""
+        found = super()._generate(*args, **kwargs)
+        self._flow_tools = found[2]
+        return found
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        inputs = (model, input_ids, attention_mask, logits_to_keep, *args)
+        if self._flow_wanted:  # the first call of a batch is the one for old log-probabilities, a reference comes later
+            self._flow_wanted = False
+            completion = attention_mask[:, -logits_to_keep:].bool()
+            trained = completion & _tool_mask(self._flow_tools, completion)
+            batch = self._samples(input_ids, attention_mask.bool(), logits_to_keep, trained)
+            self._flow_taken = _Taken(self._flow_tracer, batch)
+            with recording(model, layers=self.flow.layers, on_capture=self._flow_taken):
+                found = super()._get_per_token_logps_and_entropies(*inputs, **kwargs)
+        else:
+            found = super()._get_per_token_logps_and_entropies(*inputs, **kwargs)
+        self._flow_entropy = None if found[1] is None else found[1].detach()
+        return found
+
+    # --- credits of a sharded policy ----------------------------------------------------------------------------------
+
+    @property
+    def _flow_tracer(self) -> Tracer:
+        scorer = self._flow_crediting.scorer
+        assert isinstance(scorer, Scorer)
+        return scorer.tracer
+
+    def _score_together(self, batch: list[Sample], moved: list[bool]) -> list[SampleScore]:
+        """Scores from whole passes of a sharded policy, as many on every process: some are of dummies."""
+        chosen = [n for n, one in enumerate(batch) if moved[n] and one.response_mask.any()]
+        parts = list(chunks([len(batch[n]) for n in chosen], self.flow.max_batch_tokens))
+        device = self.accelerator.device
+        number = int(self.accelerator.gather(torch.tensor([len(parts)], device=device)).max())
+        found = {n: SampleScore.blank(one, "empty") for n, one in enumerate(batch)}
+        dummy = torch.zeros(1, 4).long()
+        extra: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(_base_of(self._flow_tracer.model).forward).parameters:
+            extra["logits_to_keep"] = 1
+        with torch.no_grad(), evaluation_mode(self.model):
+            for part in [*parts, *[[]] * (number - len(parts))]:
+                numbers = [chosen[place] for place in part]
+                samples = [batch[n] for n in numbers]
+                places = [torch.arange(len(one)) for one in samples]
+                width = max((len(one) for one in samples), default=0)
+                ids = _laid_out([one.token_ids for one in samples], places, width) if part else dummy
+                real = _laid_out([torch.ones(len(one)).long() for one in samples], places, width) if part else dummy + 1
+                with recording(self.model, layers=self.flow.layers) as captures, self.accelerator.autocast():
+                    self.model(input_ids=ids.to(device), attention_mask=real.to(device), **extra)
+                if part:
+                    scores = _scores(self._flow_tracer, samples, places, captures[0])
+                    found |= dict(zip(numbers, scores, strict=True))
+        return [found[n] for n in range(len(batch))]
+
+    # --- another model that scores ------------------------------------------------------------------------------------
+
+    def _refresh_the_scorer(self) -> None:
+        every, step = self.flow.refresh_steps, self.state.global_step
+        if not every or (self._flow_refreshed is not None and step < self._flow_refreshed + every):
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        scorer = self._flow_crediting.scorer
+        keep_adapters = isinstance(scorer, Scorer) and _has_adapters(scorer.model)
+        scorer.refresh(_whole_weights(policy) if keep_adapters or not _has_adapters(policy) else _merged(policy))
+        self._flow_refreshed = step
+
+    # --- logs: every process takes part in each of these, whatever it has scored --------------------------------------
+
+    def _log_shares(self, factors: Factors) -> None:
         """Shares of the responses with a non-zero advantage, over all processes; "scored": their own share."""
-        numbers = torch.tensor([all_rows, rows, *counts.values()], device=self.accelerator.device).float()
-        of_all, of_rows, *found = self.accelerator.reduce(numbers, "sum").tolist()
-        self._metrics["train"]["flow/scored"].append(of_rows / of_all)
-        for name, count in zip(counts, found, strict=True):
-            if of_rows:
-                self._metrics["train"][f"flow/{name}"].append(count / of_rows)
+        counts = torch.tensor([float(n) for n in factors.counts.values()], device=self.accelerator.device)
+        sums = dict(zip(factors.counts, self.accelerator.reduce(counts, "sum").tolist(), strict=True))
+        samples, scored = sums.pop("samples"), sums.pop("scored")
+        self._metrics["train"]["flow/scored"].append(scored / samples)
+        for name, count in sums.items():
+            if scored:
+                self._metrics["train"][f"flow/{name}"].append(count / scored)
 
     def _log_means(self, numbers: dict[str, float]) -> None:
         """Means over the processes that have the number."""
@@ -265,11 +332,6 @@ class FlowMixin(_Base):
         for key, mean in zip(KEYS, self.accelerator.gather(mine).nanmean(0).tolist(), strict=True):
             if mean == mean:
                 self._metrics["train"][f"flow/{key}"].append(mean)
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._flow_entropy = None if found[1] is None else found[1].detach()
-        return found
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss; the entropies that it computes on the way say how far credits and entropy agree."""
@@ -291,83 +353,152 @@ class FlowGRPOTrainer(FlowMixin, GRPOTrainer):
     """
 
 
-# --- from a batch to its credits --------------------------------------------------------------------------------------
+# --- from TRL's layout and back ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Token ids [B, T] and masks [B, T] bool: prompt, response, and tool output inside the response."""
-
-    ids: Tensor
-    prompt: Tensor
-    response: Tensor
-    tool: Tensor
-    truncated: list[bool]
+def _tool_mask(tools: list[list[int]] | None, completion: Tensor) -> Tensor:
+    """[B, C] bool, as TRL pads it: False at tool output."""
+    mask = torch.ones_like(completion)
+    for row, one in enumerate(tools or []):
+        mask[row, : len(one)] = torch.tensor(one, device=mask.device).bool()
+    return mask
 
 
-@dataclass(frozen=True)
-class _Credits:
-    """On the CPU, [B, T]: weights (1 where nothing was traced), throughput, and the tokens that could get credit."""
-
-    weights: Tensor
-    throughput: Tensor
-    mask: Tensor
-    text: list[list[str]]
-    flags: dict[int, tuple[str, ...]]
-    """Row -> what was odd, for the rows that were traced."""
-    failed: dict[int, str]
-    """Row -> why it could not be traced."""
-
-
-def _credits(tracer: Tracer, batch: _Batch, rows: list[int], max_tokens: int) -> _Credits:
-    """Trace some rows of a batch, in chunks; the others, and those that can't be traced, have weight 1."""
-    shape = batch.ids.shape
-    nothing = torch.zeros(shape)
-    out = _Credits(torch.ones(shape), nothing, torch.zeros(shape).bool(), [[""] * shape[1] for _ in batch.ids], {}, {})
-    for chunk in _chunks(batch, rows, max_tokens):
-        try:
-            _trace(tracer, batch, chunk, out)
-        except ValueError:  # of one row; it must not take the others along
-            for row in chunk:
-                try:
-                    _trace(tracer, batch, [row], out)
-                except ValueError as error:
-                    out.failed[row] = str(error)
+def _by_sample(advantages: Tensor, completion: Tensor, batch: list[Sample]) -> list[Any]:
+    """Advantages [B] or [B, C] -> per sample a number, or [N] with 0 at the prompt."""
+    if advantages.ndim == 1:
+        return advantages.tolist()
+    out = []
+    for row, one in enumerate(batch):
+        values = torch.zeros(len(one))
+        values[one.response_mask] = advantages[row][completion[row]].float().cpu()
+        out.append(values)
     return out
 
 
-def _chunks(batch: _Batch, rows: list[int], max_tokens: int) -> Iterator[list[int]]:
-    """Rows of similar length together, each chunk at most `max_tokens` with its pads, or one row."""
-    prompt, response = batch.prompt.sum(1).tolist(), batch.response.sum(1).tolist()
-    chunk: list[int] = []
-    for row in sorted(rows, key=lambda row: prompt[row] + response[row]):
-        wider = [*chunk, row]
-        width = max(prompt[r] for r in wider) + max(response[r] for r in wider)
-        if chunk and len(wider) * width > max_tokens:
-            yield chunk
-            wider = [row]
-        chunk = wider
-    if chunk:
-        yield chunk
+def _to_layout(values: Sequence[Tensor], batch: list[Sample], out: Tensor) -> Tensor:
+    """Per sample [N] -> the completion part of each, in `out` [B, C]."""
+    for row, (value, one) in enumerate(zip(values, batch, strict=True)):
+        said = value[one.response_mask]
+        out[row, : len(said)] = said.to(out.dtype)
+    return out
 
 
-def _trace(tracer: Tracer, batch: _Batch, rows: list[int], out: _Credits) -> None:
-    real = (batch.prompt | batch.response)[rows]
-    columns = real.any(0).nonzero().flatten()  # without the columns in which all of these rows have pads
-    traces = tracer.from_ids(
-        batch.ids[rows][:, columns],
-        real[:, columns],
-        batch.prompt[rows][:, columns],
-        response_mask=batch.response[rows][:, columns],
-        tool_mask=batch.tool[rows][:, columns],
-        truncated=[batch.truncated[row] for row in rows],
-    )
-    columns = columns.cpu()
-    for trace in traces:
-        row, places = rows[trace.row], columns[trace.positions.cpu()]
-        out.weights[row, places] = trace.weights.float().cpu()
-        out.throughput[row, places] = trace.throughput.float().cpu()
-        out.mask[row, places] = trace.graph.credit_mask.cpu()
-        out.flags[row] = trace.flags
-        for place, piece in zip(places.tolist(), trace.text or [], strict=True):
-            out.text[row][place] = piece
+def _laid_out(values: list[Tensor], places: list[Tensor], width: int) -> Tensor:
+    """Per sample [N] and the places of its tokens in a row -> [B, T], zeros elsewhere."""
+    out = torch.zeros(len(values), width, dtype=values[0].dtype)
+    for row, (value, place) in enumerate(zip(values, places, strict=True)):
+        out[row, place] = value
+    return out
+
+
+# --- scores out of a pass that somebody else makes --------------------------------------------------------------------
+
+
+class _Taken:
+    """Takes the scores out of TRL's passes one by one, rows in order, so that no queries and keys pile up."""
+
+    def __init__(self, tracer: Tracer, batch: list[Sample]) -> None:
+        self.found: list[SampleScore] = []
+        self.seconds = 0.0
+        self._tracer, self._batch = tracer, batch
+
+    def __call__(self, captured: Capture) -> None:
+        began = time.perf_counter()
+        samples = self._batch[len(self.found) : len(self.found) + captured.shape[0]]
+        self.found += _scores(self._tracer, samples, [one.positions for one in samples], captured)
+        self.seconds += time.perf_counter() - began
+
+    def fits(self, batch: list[Sample]) -> bool:
+        """Are these the samples that were scored? A trainer may have changed its masks since."""
+        fields = ("token_ids", "prompt_mask", "response_mask", "tool_mask")
+        return len(self.found) == len(batch) and all(
+            torch.equal(getattr(mine, name), getattr(theirs, name))
+            for mine, theirs in zip(self._batch, batch, strict=True)
+            for name in fields
+        )
+
+
+def _scores(tracer: Tracer, samples: list[Sample], places: list[Tensor], captured: Capture) -> list[SampleScore]:
+    """Scores of the rows of one pass; a sample that can't be scored costs no other."""
+    found = [SampleScore.blank(one, "empty") for one in samples]
+    said = [row for row, one in enumerate(samples) if one.response_mask.any()]
+    groups = [said] if said else []
+    while groups:
+        rows = groups.pop()
+        some, where = [samples[row] for row in rows], [places[row] for row in rows]
+
+        def lay_out(values: list[Tensor], where: list[Tensor] = where) -> Tensor:
+            return _laid_out(values, where, captured.shape[1])
+
+        try:
+            traces = tracer.from_ids(
+                lay_out([one.token_ids for one in some]),
+                lay_out([torch.ones(len(one), dtype=torch.bool) for one in some]),
+                lay_out([one.prompt_mask for one in some]),
+                response_mask=lay_out([one.response_mask | one.tool_mask for one in some]),
+                tool_mask=lay_out([one.tool_mask for one in some]),
+                truncated=[one.truncated for one in some],
+                captured=captured.select(rows),
+            )
+        except (ValueError, torch.OutOfMemoryError) as error:
+            if len(rows) > 1:
+                groups += [[row] for row in rows]
+            else:
+                found[rows[0]] = SampleScore.blank(some[0], "failed", str(error))
+            continue
+        for row, trace in zip(rows, traces, strict=True):
+            # Copies: a slice would keep all that was made of the pass alive.
+            scores, mask = trace.credit.scores.float().cpu().clone(), trace.graph.credit_mask.cpu().clone()
+            found[row] = SampleScore(scores, mask, trace.flags, trace.text)
+    return found
+
+
+# --- weights of the policy, for a scorer ------------------------------------------------------------------------------
+
+
+def _has_adapters(model: Any) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if _has_adapters(model) else model
+
+
+def _whole_weights(model: Any) -> dict[str, Tensor]:
+    """The state dict of a model that may be sharded by FSDP2, on every process. All of them have to take part."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        # Gathered one by one and kept on the CPU: a device never holds more than one whole weight.
+        whole = value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        weights[name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")] = whole
+    return weights
+
+
+def _merged(model: Any) -> dict[str, Tensor]:
+    """The weights of a model with LoRA adapters, merged, by the names of the bare model. The model stays as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    weights = {}
+    for name, value in model.state_dict().items():
+        owner, _, last = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")
+        if last == "base_layer" and owner in layers:
+            layer: Any = layers[owner]
+            if not hasattr(layer, "get_delta_weight") or getattr(layer, "lora_variant", None):
+                raise ValueError(
+                    f"refresh_steps can merge plain LoRA only, {owner} is {type(layer).__name__} with "
+                    f"{getattr(layer, 'lora_variant', None) or 'no get_delta_weight'}; set it to 0"
+                )
+            if name.endswith(".weight") and not layer.merged:
+                with torch.no_grad():
+                    value = value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+            weights[f"{owner}.{name.rpartition('.')[2]}"] = value
+        elif "original_module." in name:
+            continue
+        elif ".modules_to_save." in name:
+            before, _, after = name.partition(".modules_to_save.")
+            weights[f"{before}.{after.partition('.')[2]}"] = value
+        elif not any(name.startswith(f"{inside}.") for inside in layers):
+            weights[name] = value
+    return {name.removeprefix("base_model.model."): value for name, value in weights.items()}

@@ -363,7 +363,7 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor | None, position_ids:
     """What to call the model with, so that pads and packed documents are understood and nothing else is passed."""
     inputs = {"input_ids": input_ids}
     padded = attention_mask is not None and not bool(attention_mask.all())
-    if padded and position_ids is None and _padded_right(attention_mask):
+    if attention_mask is not None and position_ids is None and _padded_right(attention_mask):
         return inputs  # no real token sees a pad, with or without a mask; and kernels are faster without
     if position_ids is not None:
         position_ids = position_ids.to(input_ids.device)
@@ -383,9 +383,10 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor | None, position_ids:
     return inputs
 
 
-def _padded_right(attention_mask: Tensor | None) -> bool:
+def _padded_right(attention_mask: Tensor) -> bool:
     """Are all pads behind the tokens of their row?"""
-    return attention_mask is not None and not bool((attention_mask[:, 1:].bool() & ~attention_mask[:, :-1].bool()).any())
+    real = attention_mask.bool()
+    return not bool((real[:, 1:] & ~real[:, :-1]).any())
 
 
 def is_packed(position_ids: Tensor, attention_mask: Tensor | None) -> bool:

@@ -24,6 +24,7 @@ EXTRAS = {  # extra of pyproject.toml -> module: distribution
     "cuda": {"cupy": "cupy-cuda12x", "triton": "triton"},
     "trl": {"trl": "trl"},
     "ray": {"ray": "ray"},
+    "analysis": {"pandas": "pandas"},
     "report": {"plotly": "plotly"},
     "demo": {"gguf": "gguf"},
 }

@@ -8,8 +8,9 @@ scored at all, weights, warm-up, signs, normalisation, and what there is to log.
 
     token ids, masks -> Scorer.credits (responses with an advantage only) -> schedule -> shape_advantages -> factors
 
-What is defined: an advantage of 0 is not scored, its factors are 1; so are those of a response without tokens to
-train on, without an answer, without flow, or that could not be scored, which is counted; tool output keeps factor 1.
+What is defined: an advantage of 0, or of a sign that is not weighted, is not scored, its factors are 1; so are those of
+a response without tokens to train on, without an answer, without flow, or that could not be scored, which is counted;
+tool output keeps factor 1.
 
 Shapes: S samples, N_i tokens of sample i: prompt and response, no pads.
 """
@@ -39,7 +40,8 @@ class Factors(Sequence[Tensor]):
 
     Attributes:
         weights: [N_i] each, before `signs` and `normalize`, after warm-up. masks: the tokens that may get credit.
-        counts: "samples", "scored" (those with an advantage) and, among the latter, one number per flag of `COUNTED`.
+        counts: "samples", "scored" (those with an advantage that is weighted) and, among these, one number per flag of
+            `COUNTED`.
         means: what `monitor` says of this step.
         seconds: how long it took.
         failed: sample -> why it has no credits.
@@ -131,7 +133,8 @@ class Crediting:
             raise ValueError(f"rewards must have one entry per sample, {len(samples)}, got {len(rewards)}")
 
         blank = [n for n, one in enumerate(samples) if not trained[n].any() and _moves(advantages[n])]
-        chosen = [n for n, sign in enumerate(signed) if (sign != 0).any()]
+        wanted = {"both": (-1, 1), "positive": (1,), "negative": (-1,)}[self.config.signs]
+        chosen = [n for n, sign in enumerate(signed) if any((sign == one).any() for one in wanted)]
         found = self._scored([samples[n] for n in chosen], None if scored is None else [scored.one(n) for n in chosen])
         part = self.config.part(step)
         factors = [torch.ones(len(one)) for one in samples]

@@ -10,6 +10,7 @@ Shapes: S samples, N_i tokens of sample i (no pads), B rows of a chunk, T their 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,6 +183,8 @@ class Scorer(Credits):
             elif not ((sample.token_ids >= 0) & (sample.token_ids < words)).all():
                 # Found out here: on a GPU it would end the process.
                 found[number] = _failed(sample, f"token_ids must be in 0..{words - 1}, the embeddings of the model")
+            elif (unread := self._without_answer(sample)) is not None:
+                found[number] = unread
             else:
                 sound.append(number)
         self._calibrate([samples[number] for number in sound])
@@ -200,10 +203,27 @@ class Scorer(Credits):
             ValueError: names the weights that are missing, unknown or of another shape; then nothing has changed.
         """
         if isinstance(weights, str | Path):
-            # By the class of the model itself: it knows tied and renamed weights.
-            weights = type(self.model).from_pretrained(weights, dtype=self.model.dtype)  # type: ignore[attr-defined]
+            # By the class of the model itself, which knows tied and renamed weights; and by its configuration, which a
+            # folder of weights need not have.
+            model: Any = self.model
+            config = copy.deepcopy(model.config)
+            weights = type(model).from_pretrained(weights, config=config, dtype=model.dtype)
         given: Any = weights.state_dict() if isinstance(weights, nn.Module) else weights
         load_weights(self.model, given)
+
+    def _without_answer(self, sample: Sample) -> SampleScore | None:
+        """A response without an answer has no flow: it is not worth a forward pass. None for any other sample."""
+        if self._baseline is not None or self.config.no_answer != "uniform":
+            return None
+        try:
+            found = self._locate(sample)
+        except ValueError:  # found again, and said, where it is traced
+            return None
+        if found.answer_mask.any():
+            return None
+        return SampleScore(
+            torch.zeros(len(sample)), found.credit_mask, found.flags, self.tracer.pieces(sample.token_ids)
+        )
 
     def _calibrate(self, samples: list[Sample]) -> None:
         """Find local and global heads once, for the baselines that need them, whatever the chunks and their order."""
@@ -263,24 +283,25 @@ class Scorer(Credits):
 
     def _batch(self, samples: list[Sample]) -> tuple[Tensor, Tensor, list[Spans]]:
         """(ids [B, T], real [B, T], spans) of a chunk, where the model is."""
-        config, device = self.config, next(self.model.parameters()).device
-        spans = [
-            locate(
-                one.token_ids,
-                one.prompt_mask,
-                one.response_mask & ~one.tool_mask,  # rows of tool output say nothing of what the model looked at
-                tokenizer=self.tokenizer,
-                answer=config.answer,
-                preset=config.preset,
-                truncated=one.truncated,
-                no_answer=config.no_answer,
-                tail_tokens=config.tail_tokens,
-            )
-            for one in samples
-        ]
+        device = next(self.model.parameters()).device
+        spans = [self._locate(one) for one in samples]
         ids = _padded([one.token_ids for one in samples]).to(device)
         real = _padded([torch.ones(len(one), dtype=torch.bool) for one in samples]).to(device)
         return ids, real, spans
+
+    def _locate(self, sample: Sample) -> Spans:
+        config = self.config
+        return locate(
+            sample.token_ids,
+            sample.prompt_mask,
+            sample.response_mask & ~sample.tool_mask,  # rows of tool output say nothing of what the model looked at
+            tokenizer=self.tokenizer,
+            answer=config.answer,
+            preset=config.preset,
+            truncated=sample.truncated,
+            no_answer=config.no_answer,
+            tail_tokens=config.tail_tokens,
+        )
 
 
 def chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

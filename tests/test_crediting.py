@@ -87,6 +87,11 @@ def test_an_advantage_of_0_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> Non
     assert factors.metrics["flow/scored"] == 0 and "flow/failed" not in factors.metrics
 
 
+@pytest.mark.parametrize(("signs", "share"), [("both", 1.0), ("positive", 0.5), ("negative", 0.5)])
+def test_a_sign_that_is_not_weighted_is_not_scored(signs: str, share: float) -> None:
+    assert by_hand(signs=signs).factors(*rollouts(), ADVANTAGES).metrics["flow/scored"] == share
+
+
 def test_tool_output_has_factor_1() -> None:
     token_ids, masks = rollouts()
     trained = [mask & ~is_mark(one) for mask, one in zip(masks, token_ids, strict=True)]

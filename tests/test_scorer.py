@@ -185,6 +185,14 @@ def test_heads_are_calibrated_on_sound_samples() -> None:
     assert list(scored.failed) == [0]
 
 
+def test_without_an_answer_no_pass_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowgraph.tracer.capture", lambda *_, **__: pytest.fail("a pass"))
+    token_ids, response = torch.tensor(ids("?@aaa")), torch.tensor([0, 1, 1, 1, 1, 1])
+    scored = by_hand().credits([token_ids], [response], truncated=[True])
+    assert set(scored.flags[0]) == {"no_answer", "cut_off"} and (scored[0] == 1).all()
+    assert scored.masks[0].tolist() == [False, True, True, True, True, False] and scored.text[0] is not None
+
+
 def test_weights_of_nan_fail_samples_and_say_so() -> None:
     model = policy()
     model.model.layers[1].self_attn.q_proj.weight.data.fill_(torch.nan)

@@ -111,9 +111,16 @@ def test_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("LlamaForCausalLM", "LlamaForTokenClassification"))
     os.utime(config, (time.time() - 100,) * 2)
     assert newest_checkpoint(tmp_path) == tmp_path / "step_2" / "actor"
+    broadcast = tmp_path / "broadcasts" / "step_5"  # of prime-rl: no config.json, and a file that says it is complete
+    saved(policy(), broadcast)
+    (broadcast / "config.json").unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_2" / "actor"
+    (broadcast / "STABLE").touch()
+    assert newest_checkpoint(tmp_path) == broadcast
 
 
-def test_checkpoints_of_the_trainer_are_taken_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_config", [True, False])
+def test_checkpoints_of_the_trainer_are_taken_over(with_config: bool, tmp_path: Path) -> None:
     start = saved(policy(), tmp_path / "start")
     values = {"model": start, "device": "cpu", "flow": FLOW, "refresh_from": str(tmp_path / "out")}
     values["flow"] = FLOW | {"preset": "flowgraph", "rule": "proportional"}
@@ -125,6 +132,9 @@ def test_checkpoints_of_the_trainer_are_taken_over(tmp_path: Path) -> None:
     for parameter in newer.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     saved(newer, tmp_path / "out" / "step_3", 100)
+    if not with_config:
+        (tmp_path / "out" / "step_3" / "config.json").unlink()
+        (tmp_path / "out" / "step_3" / "STABLE").touch()
     stale = one.factors(token_ids, masks, [1.0], step=3)
     later = one.factors(token_ids, masks, [1.0], step=5)
     assert before.metrics["flow/scorer_age"] == 0 == stale.metrics["flow/scorer_age"]

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("trl", reason='needs TRL: pip install "flowgraph-llm[trl]"')
 
 from datasets import Dataset  # type: ignore[import-untyped]
+from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from flowgraph.adapters.trl import FlowConfig, FlowGRPOTrainer, FlowMixin
 from tests.models import tiny
+from tests.written import ANSWERS, MARK, TOKENIZER, VOCABULARY, ids, is_mark, marked, policy, written_by_hand
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "vespo")
 
@@ -32,7 +31,6 @@ pytestmark = [
 ]
 
 PROMPTS = ["6*7?", "What is 3+4 in words and digits?", "1+1?", "Sum of 2, 3 and 4?"] * 2
-ANSWERS = re.compile(r"=(\d)")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,29 +40,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def byte_tokenizer() -> Any:
-    """One token per byte, after <pad>, <bos> and <eos> as ids 0, 1 and 2."""
-    special = ["<pad>", "<bos>", "<eos>"]
-    symbols = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: n for n, symbol in enumerate(symbols)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
-
-
-TOKENIZER = byte_tokenizer()
-VOCABULARY = len(TOKENIZER)
-
-
-def policy(**changes: Any) -> Any:
-    return tiny("llama", vocab_size=VOCABULARY, **{"num_hidden_layers": 3} | changes)
-
-
-def ids(text: str, end: bool = True) -> list[int]:
-    return TOKENIZER(text, add_special_tokens=False)["input_ids"] + [TOKENIZER.eos_token_id] * end
 
 
 def says(completions: list[list[int]], masks: list[list[int]] | None = None) -> Callable[..., dict[str, Any]]:
@@ -250,36 +225,6 @@ def test_a_gain_changes_the_update(loss_type: str, tmp_path: Path) -> None:
 
 # --- alignment -------------------------------------------------------------------------------------------------------
 
-MARK = "@"
-
-
-def written_by_hand() -> Any:
-    """One layer in which "@" reads only "?" and ";", a digit reads only "@", and every other token only its own kind.
-
-    A question of "?" and ";" then sends all its flow through "@" to the digits of the answer.
-    """
-    model = policy(num_hidden_layers=1, rope_parameters={"rope_type": "default", "rope_theta": 1e12})
-    kinds = torch.full((VOCABULARY,), 3)
-    for text, kind in (("?;", 0), (MARK, 1), ("0123456789", 2)):
-        kinds[ids(text, end=False)] = kind
-    # With this theta the dimensions 4..7 of a head barely turn, so that only the kinds of tokens count.
-    with torch.no_grad():
-        layer = model.model.layers[0]
-        layer.input_layernorm.weight.fill_(1)
-        table = model.model.embed_tokens.weight
-        table.zero_()
-        table[torch.arange(VOCABULARY), kinds] = 1
-        reads = torch.tensor([0, 0, 1, 3])  # of kind 0, 1, 2, 3
-        for projection, wanted in ((layer.self_attn.k_proj, torch.arange(4)), (layer.self_attn.q_proj, reads)):
-            projection.weight.zero_()
-            for head in range(projection.weight.shape[0] // 16):
-                projection.weight[16 * head + 4 + wanted, torch.arange(4)] = 50.0
-    return model
-
-
-def marked(before: int, after: int) -> list[int]:
-    return ids("a" * before + MARK + "b" * after + "=7")
-
 
 @pytest.mark.parametrize("step", ["generated", "shuffled"])
 @pytest.mark.parametrize("budget", [1, 70, 10_000])
@@ -357,25 +302,30 @@ def test_the_gain_warms_up(tmp_path: Path) -> None:
 # --- what goes wrong with samples ------------------------------------------------------------------------------------
 
 
-def test_bad_samples_stay_uniform_and_are_counted(tmp_path: Path) -> None:
-    long = ids("x" * 2000 + "=7")
-    completions = [marked(3, 4), ids("I don't know"), ids(MARK + " and then", end=False), ids(""), long, marked(1, 1)]
+def test_a_step_with_bad_samples(tmp_path: Path) -> None:
+    """Beside good ones: no answer, cut off, empty, ten times as long, and longer than the model can see."""
+    completions = [
+        marked(3, 4), ids("I don't know"), ids(MARK + " and then", end=False), ids(""), marked(90, 4),
+        ids("x" * 2000 + "=7"), marked(1, 1),
+    ]  # fmt: skip
     flow = FlowConfig(answer=ANSWERS, preset="paper", gain=3.0)
-    changes: dict[str, Any] = {"num_generations": 6, "per_device_train_batch_size": 6, "max_steps": 1}
-    reward = lambda completion_ids, **_: [float(len(one) % 7) + n for n, one in enumerate(completion_ids)]  # noqa: E731
+    changes: dict[str, Any] = {"num_generations": 7, "per_device_train_batch_size": 7, "max_steps": 1}
+    reward = lambda completion_ids, **_: [float(n * n) for n, _ in enumerate(completion_ids)]  # noqa: E731
     trainer = trainer_of(tmp_path, flow, model=written_by_hand(), rollout=says(completions), reward=reward, **changes)
     with pytest.warns(UserWarning, match=r"weights stay 1: .*2004 tokens, more than the 256"):
-        batch = batch_of(trainer, ["?"] * 6)
+        batch = batch_of(trainer, ["?"] * 7)
     gains = batch["advantages"] / batch["advantages"][:, -1:]
-    assert [round(float(row.max())) for row in gains] == [3, 1, 1, 1, 1, 3]
+    assert [round(float(row.max())) for row in gains] == [3, 1, 1, 1, 3, 1, 3]
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items() if name.startswith("flow/")}
     assert metrics["flow/scored"] == 1
-    assert metrics["flow/failed"] == pytest.approx(1 / 6)
-    assert metrics["flow/no_answer"] == pytest.approx(3 / 6)
-    assert metrics["flow/cut_off"] == pytest.approx(1 / 6)
+    assert metrics["flow/failed"] == pytest.approx(1 / 7)
+    assert metrics["flow/no_answer"] == pytest.approx(3 / 7)
+    assert metrics["flow/cut_off"] == pytest.approx(1 / 7)
     with pytest.warns(UserWarning, match="weights stay 1"):
         ((loss, norm),) = losses(trainer)
     assert loss == loss and norm > 0
+    logged = trainer.state.log_history[0]
+    assert logged["flow/failed"] == pytest.approx(1 / 7) and logged["flow/no_answer"] == pytest.approx(3 / 7)
 
 
 def test_completions_masked_because_cut_off_are_not_traced(tmp_path: Path) -> None:
@@ -386,7 +336,128 @@ def test_completions_masked_because_cut_off_are_not_traced(tmp_path: Path) -> No
     )
     batch = batch_of(trainer, ["?", "?"])
     assert batch["advantages"][1].unique().numel() == 1 and batch["advantages"][0].unique().numel() == 2
-    assert trainer._metrics["train"]["flow/cut_off"] == [0.5]
+    assert trainer._metrics["train"]["flow/empty"] == [0.5]  # nothing of it is left to train on
+
+
+REUSES: dict[str, Any] = {"gradient_accumulation_steps": 1, "steps_per_generation": 2}
+"""A schedule in which TRL computes old log-probabilities, with the very policy that is to be scored."""
+
+
+def layer_calls(model: Any) -> list[tuple[int, ...]]:
+    """Grows by the shape of the input whenever the model's first layer runs without gradients."""
+    calls: list[tuple[int, ...]] = []
+    layer = model.model.layers[0]
+
+    def count(_: Any, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():
+            calls.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
+
+    layer.register_forward_pre_hook(count, with_kwargs=True)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [REUSES, {"num_iterations": 2}, REUSES | {"beta": 0.1}],
+    ids=["steps-per-generation", "iterations", "reference"],
+)
+def test_credits_come_out_of_the_pass_for_old_log_probabilities(changes: dict[str, Any], tmp_path: Path) -> None:
+    """No layer runs once more than in plain GRPO, and the weights are those of a pass of its own."""
+    prompts = PROMPTS[:4] * 2
+    model = policy()
+    model.save_pretrained(tmp_path / "model")  # the reference model of beta > 0 is loaded from there
+    model.config._name_or_path = str(tmp_path / "model")
+    plain_calls, our_calls, batches = [], [], []
+    for flow in (None, FlowConfig(answer=ANSWERS), FlowConfig(answer=ANSWERS, reuse=False)):
+        kind = GRPOTrainer if flow is None else FlowGRPOTrainer
+        trainer = trainer_of(tmp_path, flow, kind=kind, model=copy.deepcopy(model), **changes)
+        calls = layer_calls(trainer.model)
+        batches.append(batch_of(trainer, prompts))
+        our_calls.append(calls)
+    plain_calls, taken, apart = our_calls
+    assert len(plain_calls) >= 2 and taken == plain_calls and len(apart) > len(plain_calls)
+    plain, ours, theirs = batches
+    assert torch.equal(ours["old_per_token_logps"], plain["old_per_token_logps"])
+    moved = plain["advantages"] != 0
+    assert moved.any() and (ours["flow_weights"][moved] != 1).any()
+    assert torch.equal(ours["flow_weights"], theirs["flow_weights"])
+    assert torch.equal(ours["advantages"], theirs["advantages"])
+
+
+@pytest.mark.parametrize("changes", [{}, REUSES], ids=["apart", "reuse"])
+def test_the_pass_of_a_reference_is_never_read(changes: dict[str, Any], tmp_path: Path) -> None:
+    """With adapters the reference is the policy itself, adapters off: its pass looks like one of the policy."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    weights = []
+    for reuse, adapters in ((True, True), (False, True), (False, False)):
+        torch.manual_seed(0)
+        trainer = trainer_of(
+            tmp_path, FlowConfig(answer=ANSWERS, reuse=reuse), beta=0.1, extra={"peft_config": config}, **changes
+        )
+        for name, weight in trainer.model.named_parameters():
+            if "lora_" in name:
+                weight.data.mul_(10 if adapters else 0)
+        weights.append(batch_of(trainer, PROMPTS[:4] * 2)["flow_weights"])
+    ours, apart, of_the_reference = weights
+    assert torch.equal(ours, apart) and not torch.equal(ours, of_the_reference)
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["all-words", "tools"])
+def test_alignment_in_a_pass_that_runs_anyway(masks: bool, tmp_path: Path) -> None:
+    completions = [marked(3, 4), marked(9, 0), marked(0, 6), marked(5, 2)]
+    tools = [[int(token != 0) for token in one] for one in completions]
+    for one in tools:
+        one[0] = 0
+    flow = FlowConfig(answer=ANSWERS, preset="paper", gain=3.0)
+    trainer = trainer_of(
+        tmp_path, flow, model=written_by_hand(), rollout=says(completions, tools if masks else None), reward=length,
+        per_device_train_batch_size=2, **REUSES,
+    )  # fmt: skip
+    calls = layer_calls(trainer.model)
+    batch = batch_of(trainer, ["?", "?", ";;;;;;;", ";;;;;;;"])
+    assert calls == [(2, batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1])] * 2
+    assert (plain_advantages(trainer) != 0).all()
+    gain = torch.where(is_mark(batch["completion_ids"]), 3.0, 1.0)
+    if masks:
+        gain[2, 0] = 1  # its mark is the first token, which a tool wrote
+    torch.testing.assert_close(batch["advantages"], plain_advantages(trainer)[:, None] * gain)
+
+
+def test_bad_samples_in_a_pass_that_runs_anyway(tmp_path: Path) -> None:
+    long = ids("x" * 300 + "=7")  # the model is random over so many positions, the tracer refuses them
+    completions = [marked(3, 4), ids("I don't know"), ids(MARK + " and then", end=False), ids(""), long, marked(1, 1)]
+    flow = FlowConfig(answer=ANSWERS, preset="paper", gain=3.0)
+    changes = {"num_generations": 6, "per_device_train_batch_size": 6} | REUSES
+    reward = lambda completion_ids, **_: [float(len(one) % 7) + n for n, one in enumerate(completion_ids)]  # noqa: E731
+    trainer = trainer_of(tmp_path, flow, model=written_by_hand(), rollout=says(completions), reward=reward, **changes)
+    calls = layer_calls(trainer.model)
+    with pytest.warns(UserWarning, match=r"weights stay 1: .*304 tokens, more than the 256"):
+        batch = batch_of(trainer, ["?"] * 6)
+    assert len(calls) == 1
+    gains = batch["advantages"] / batch["advantages"][:, -1:]
+    assert [round(float(row.max())) for row in gains] == [3, 1, 1, 1, 1, 3]
+    assert trainer._metrics["train"]["flow/failed"] == [pytest.approx(1 / 6)]
+
+
+def test_masks_that_a_trainer_changes_afterwards_are_not_ignored(tmp_path: Path) -> None:
+    class Blank(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            output = super()._generate_and_score_completions(inputs)
+            output["completion_mask"] = output["completion_mask"].clone()
+            output["completion_mask"][0] = 0
+            return output
+
+    class Ours(FlowMixin, Blank):
+        pass
+
+    flow = FlowConfig(answer=ANSWERS, preset="paper", gain=3.0)
+    rollout = says([marked(3, 4), marked(9, 0)])
+    trainer = trainer_of(tmp_path, flow, kind=Ours, model=written_by_hand(), rollout=rollout, **REUSES)
+    calls = layer_calls(trainer.model)
+    batch = batch_of(trainer, ["?", "?"])
+    assert len(calls) == 2  # TRL's, and one for the batch as it is now
+    assert [len(row.unique()) for row in batch["advantages"]] == [1, 2]
 
 
 def test_responses_without_an_advantage_are_not_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,6 +548,64 @@ def test_another_model_may_score(tmp_path: Path) -> None:
     assert torch.equal(carried, batch["completion_ids"] == ids(MARK, end=False)[0])
 
 
+def test_a_scorer_follows_the_policy(tmp_path: Path) -> None:
+    scorer = policy()
+    flow = FlowConfig(answer=ANSWERS, scorer=scorer, refresh_steps=2)
+    trainer = trainer_of(tmp_path, flow, max_steps=5)
+    with torch.no_grad():
+        for weight in scorer.parameters():
+            weight.add_(1)  # whatever it was before, it starts as the policy
+    policy_at: list[dict[str, Tensor]] = []
+    lags = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            policy_at.append(copy.deepcopy(trainer.model.state_dict()))
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            now = scorer.state_dict()
+            same = [all(torch.equal(now[name], then[name]) for name in now) for then in policy_at]
+            lags.append(same.index(True))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert lags == [0, 0, 2, 2, 4]
+
+
+def test_a_scorer_follows_a_policy_with_adapters(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False, modules_to_save=["lm_head"]
+    )
+    scorer = policy()
+    flow = FlowConfig(answer=ANSWERS, scorer=scorer, refresh_steps=1)
+    trainer = trainer_of(tmp_path, flow, extra={"peft_config": config})
+    before = copy.deepcopy(trainer.model.state_dict())
+    batch_of(trainer, PROMPTS[:2] * 2)
+    input_ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    trainer.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(scorer(input_ids).logits, trainer.model(input_ids=input_ids).logits)
+        assert (scorer(input_ids).logits - policy()(input_ids).logits).abs().max() > 1e-3
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("score", ["uniform", "random", "entropy", "answer_attention", "coupled"])
+def test_rival_signals_run_through_the_same_recipe(score: str, tmp_path: Path) -> None:
+    flow = FlowConfig(
+        answer=ANSWERS, preset="paper", score=score, gain=2.0, rule="proportional" if score == "coupled" else "top"
+    )
+    trainer = trainer_of(tmp_path, flow, model=written_by_hand(), rollout=says([marked(3, 12), marked(9, 8)]))
+    batch = batch_of(trainer, ["?", "?", ";;", ";;"])
+    assert trainer._metrics["train"]["flow/failed"] == [0]
+    gains = batch["advantages"] / plain_advantages(trainer)[:, None]
+    weighted = (gains != 1).sum(1)
+    assert (weighted == 0).all() if score == "uniform" else (weighted > 0).all()
+    torch.testing.assert_close(gains, batch["flow_weights"])
+    if score == "answer_attention":
+        assert all(row[is_mark(ids)].item() == 2 for row, ids in zip(gains, batch["completion_ids"], strict=True))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -534,43 +663,34 @@ def test_a_mixin_without_its_trainer_is_refused() -> None:
         FlowMixin()
 
 
-@pytest.mark.parametrize("name", ["FSDP", "ZeRO-3"])
-def test_a_sharded_policy_needs_a_scorer(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "ZeRO-3":
-        monkeypatch.setattr(FlowMixin, "_is_zero3", lambda self: True)
-    else:
-        # TRL itself must not see it: it would want a distributed launcher.
-        check = FlowMixin._refuse_what_would_do_nothing
+def sharded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """TRL itself must not see it: it would want a distributed launcher."""
+    monkeypatch.setattr(FlowMixin, "_sharding", lambda self: name)
 
-        def sharded(trainer: Any) -> None:
-            trainer.is_fsdp_enabled = True
-            check(trainer)
 
-        monkeypatch.setattr(FlowMixin, "_refuse_what_would_do_nothing", sharded)
+@pytest.mark.parametrize(("name", "score"), [("ZeRO-3", "throughput"), ("FSDP1", "reach"), ("FSDP2", "entropy")])
+def test_a_sharded_policy_that_cannot_be_read_needs_a_scorer(
+    name: str, score: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded(monkeypatch, name)
     with pytest.raises(ValueError, match=rf"the policy is sharded by .*{name}.*Pass FlowConfig.scorer"):
-        trainer_of(tmp_path)
-    assert trainer_of(tmp_path, FlowConfig(scorer=policy()))
+        trainer_of(tmp_path, FlowConfig(score=score))
+    assert trainer_of(tmp_path, FlowConfig(score=score, scorer=policy()))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rule": "best"}, "rule must be one of"),
-        ({"top": 0}, "top must be in"),
-        ({"gain": -1}, "gain must be finite"),
-        ({"temperature": 0}, "temperature must be > 0"),
-        ({"score": "entropy"}, "score must be one of"),
-        ({"preset": "mine"}, "preset must be one of"),
-        ({"no_answer": "drop"}, "no_answer must be one of"),
-        ({"answer": "latex"}, "unknown finder 'latex'"),
-        ({"question": "user"}, "a trainer keeps ids"),
-        ({"mode": "fast"}, "mode must be"),
-        ({"signs": "plus"}, "signs is 'plus'"),
-        ({"tail_tokens": 0}, "tail_tokens must be at least 1"),
-        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
-        ({"max_batch_tokens": 0}, "max_batch_tokens must be at least 1"),
-    ],
-)
-def test_bad_options(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FlowConfig(**changes)
+def test_weights_that_cannot_be_gathered_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = FlowConfig(scorer=policy(), refresh_steps=1)
+    for name in ("ZeRO-3", "FSDP1"):
+        sharded(monkeypatch, name)
+        with pytest.raises(ValueError, match=f"refresh_steps cannot gather weights that {name} has sharded"):
+            trainer_of(tmp_path, flow)
+    peft = pytest.importorskip("peft", reason="needs peft")
+    sharded(monkeypatch, "FSDP2")
+    with pytest.raises(ValueError, match="refresh_steps cannot merge adapters that are sharded"):
+        trainer_of(tmp_path, flow, extra={"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj"])})
+
+
+def test_a_scorer_of_another_shape_cannot_be_refreshed(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, FlowConfig(scorer=policy(num_hidden_layers=2), refresh_steps=1))
+    with pytest.raises(ValueError, match=r"weights don't fit LlamaForCausalLM: unknown: model.layers.2"):
+        batch_of(trainer, PROMPTS[:2] * 2)
