@@ -1,8 +1,9 @@
 """The files of `flowgraph score`: responses from JSON lines, their scores to Parquet.
 
     lines(path) -> line number, bytes -> parse -> Record -> (traced by the caller) -> ScoreFile -> Parquet
+    read_scores(path) -> its columns of one value per response -> with_labels -> those and fields of the JSON lines
 
-Both ways a record at a time: memory does not grow with the file. A line that can't be used raises a ValueError
+To Parquet a record at a time: memory does not grow with the file. A line that can't be used raises a ValueError
 that says why, and `ScoreFile` keeps such reasons in a file beside its own.
 
 Left out: models and scores. This file knows what a row looks like, and nothing of how it is traced.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,10 @@ COLUMNS = pa.schema(
     ]
 )
 """One row per response: `line` (of the input, from 1) and its `id`; how many tokens; and, over the response's tokens in
-their order, their ids, credits (`weights`), `throughput` and `reach`; the `answer` that was found, and the `flags`."""
+their order, their ids, credits (`weights`), `throughput` and `reach`; the `answer` that was found, and the `flags`.
+
+After these, `flowgraph score --measures` puts the numbers of flowgraph/measures.py, one float64 column for each name of
+its MEASURES; null stands for NaN: what this trace has not got."""
 
 _GROUP_ROWS, _GROUP_TOKENS = 1024, 1 << 20  # a row group is written when it holds so many
 
@@ -219,12 +223,15 @@ class ScoreFile:
 
     Args:
         metadata: of the Parquet schema; keys get the prefix "flowgraph.".
+        numbers: names of further columns, float64; a row may leave them out, and NaN becomes null.
     """
 
-    def __init__(self, path: str | Path, metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: str | Path, metadata: Mapping[str, str], numbers: Sequence[str] = ()) -> None:
         self.path = Path(path)
         self.written = self.aside = 0
-        self._schema = COLUMNS.with_metadata({f"flowgraph.{key}": value for key, value in metadata.items()})
+        self._numbers = tuple(numbers)
+        schema = pa.schema([*COLUMNS, *(pa.field(name, pa.float64()) for name in numbers)])
+        self._schema = schema.with_metadata({f"flowgraph.{key}": value for key, value in metadata.items()})
         self._rows: list[Mapping[str, Any]] = []
         self._tokens = 0
         self._partial = [
@@ -238,7 +245,8 @@ class ScoreFile:
         return self
 
     def add(self, row: Mapping[str, Any]) -> None:
-        self._rows.append(row)
+        absent = {name: None for name in self._numbers if row.get(name) != row.get(name)}  # NaN is not itself
+        self._rows.append({**row, **absent})
         self._tokens += len(row["weights"])
         self.written += 1
         if len(self._rows) >= _GROUP_ROWS or self._tokens >= _GROUP_TOKENS:
@@ -273,3 +281,91 @@ class ScoreFile:
         finally:
             for partial in self._partial:
                 partial.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------- reading scores
+
+
+def read_scores(path: str | Path) -> pa.Table:
+    """The columns of a Parquet file that have one value per response; its lists per token are not read.
+
+    Raises:
+        ValueError: it is no Parquet file, or has no rows.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no Parquet file: {error}") from error
+    with file:
+        plain = [field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+        table = file.read(columns=plain)
+    if not table.num_rows:
+        raise ValueError(f"{path} has no rows")
+    return table
+
+
+def with_labels(table: pa.Table, path: str | Path, fields: Sequence[str], on: str = "line") -> pa.Table:
+    """A table of scores with fields of JSON lines as further columns.
+
+    Args:
+        table: with the columns `line` and `id`. path: the file that was scored, or another that knows its ids.
+        fields: of the objects on its lines; true or false, numbers or text. Null where a line has it not.
+        on: what rows and lines have in common: "line" (the number of the line) or "id".
+
+    Raises:
+        ValueError: a row's line or id is not in the file, an id stands there twice, or is not that of the row on
+            that line; a field has several types of values, or none at all.
+    """
+    if on not in ("line", "id"):
+        raise ValueError(f'on must be "line" or "id", got {on!r}')
+    if on not in table.column_names:
+        raise ValueError(f"the scores have no column {on!r}")
+    keys = table[on].to_pylist()
+    found = _fields_of_lines(path, set(fields), set(keys), on)
+    names = table["id"].to_pylist() if "id" in table.column_names else [None] * len(keys)
+    rows = []
+    for key, name in zip(keys, names, strict=True):
+        if key not in found:
+            raise ValueError(f"{path} has no {on} {key}, which the scores have: was it another file that was scored?")
+        row_name, row = found[key]
+        if name != row_name and name is not None:
+            raise ValueError(f"{path} has id {row_name!r} on line {key}, the scores have {name!r}: it is another file")
+        rows.append(row)
+    for field in fields:
+        values = [row.get(field) for row in rows]
+        kinds = sorted({_kind(value) for value in values if value is not None})
+        if len(kinds) != 1 or kinds[0] in ("a list", "an object"):
+            came = " and ".join(kinds) or "nothing but null"
+            raise ValueError(f'"{field}" of {path} must be text, a number, or true or false on every line, got {came}')
+        if any(isinstance(value, float) for value in values):
+            values = [None if value is None else float(value) for value in values]
+        if field in table.column_names:
+            table = table.drop_columns([field])
+        table = table.append_column(field, pa.array(values))
+    return table
+
+
+def _fields_of_lines(
+    path: str | Path, fields: set[str], keys: set[Any], on: str
+) -> dict[Any, tuple[str | None, dict[str, Any]]]:
+    """Line number or id -> (id, the fields that it has), of those in `keys`."""
+    found: dict[Any, tuple[str | None, dict[str, Any]]] = {}
+    for number, raw in lines(path):
+        if on == "line" and number not in keys:
+            continue
+        try:
+            row = json.loads(raw)
+            if not isinstance(row, dict):
+                raise ValueError(f"a line must hold one JSON object {{...}}, got {_kind(row)}")
+            name = _name(row.get("id"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number} of {path} cannot be used: {error}") from error
+        key = number if on == "line" else name
+        if key is None or key not in keys:
+            continue
+        if key in found:
+            raise ValueError(f"id {key!r} stands in {path} twice, the second time on line {number}")
+        found[key] = (name, {field: row[field] for field in fields & set(row)})
+    return found

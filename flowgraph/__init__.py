@@ -16,10 +16,11 @@ from flowgraph._version import __version__
 
 if TYPE_CHECKING:
     from flowgraph.answers import find_answer
-    from flowgraph.backbone import Backbone, backbone, hubs, paths, width
+    from flowgraph.backbone import Backbone, Hub, Path, Paths, backbone, hubs, paths, width
     from flowgraph.capture import Capture, capture
-    from flowgraph.checkpoints import Checkpoint, carriers, checkpoints
+    from flowgraph.checkpoints import Checkpoint, Checkpoints, Removal, carriers, checkpoints, removal
     from flowgraph.coarse import contract
+    from flowgraph.compare import compare
     from flowgraph.credit import Credit, credit, weights_from_scores
     from flowgraph.exact import exact_flow
     from flowgraph.flow import Flow, trace_flow
@@ -32,15 +33,17 @@ if TYPE_CHECKING:
     from flowgraph.segments import Segments, split
     from flowgraph.spans import locate
     from flowgraph.sparsify import Edges, Mass, Threshold, TopK, sparsify
+    from flowgraph.stability import layer_agreement, stability
     from flowgraph.trace import Trace, Traces
     from flowgraph.tracer import Tracer
 
 _HOME = {
     "answers": ("find_answer",),
-    "backbone": ("Backbone", "backbone", "hubs", "paths", "width"),
+    "backbone": ("Backbone", "Hub", "Path", "Paths", "backbone", "hubs", "paths", "width"),
     "capture": ("Capture", "capture"),
-    "checkpoints": ("Checkpoint", "carriers", "checkpoints"),
+    "checkpoints": ("Checkpoint", "Checkpoints", "Removal", "carriers", "checkpoints", "removal"),
     "coarse": ("contract",),
+    "compare": ("compare",),
     "credit": ("Credit", "credit", "weights_from_scores"),
     "exact": ("exact_flow",),
     "flow": ("Flow", "trace_flow"),
@@ -52,6 +55,7 @@ _HOME = {
     "segments": ("Segments", "split"),
     "sparsify": ("Edges", "Mass", "Threshold", "TopK", "sparsify"),
     "spans": ("locate",),
+    "stability": ("layer_agreement", "stability"),
     "options": ("Options",),
     "trace": ("Trace", "Traces"),
     "tracer": ("Tracer",),
@@ -85,13 +89,18 @@ __all__ = [
     "Backbone",
     "Capture",
     "Checkpoint",
+    "Checkpoints",
     "Credit",
     "DenseRows",
     "Edges",
     "Flow",
     "FlowPropagation",
+    "Hub",
     "Mass",
     "Options",
+    "Path",
+    "Paths",
+    "Removal",
     "Segments",
     "Threshold",
     "TokenGraph",
@@ -104,17 +113,21 @@ __all__ = [
     "capture",
     "carriers",
     "checkpoints",
+    "compare",
     "contract",
     "credit",
     "exact_flow",
     "find_answer",
     "hubs",
+    "layer_agreement",
     "locate",
     "measures",
     "paths",
+    "removal",
     "report",
     "sparsify",
     "split",
+    "stability",
     "trace_flow",
     "weights_from_scores",
     "width",

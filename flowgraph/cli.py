@@ -1,7 +1,7 @@
-"""The command line: flowgraph trace, score, doctor and demo.
+"""The command line: flowgraph trace, report, score, compare, stability, doctor and demo.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 all fine; 1 it could not be done, and one line
-says why; 2 wrong usage; 3 `score` finished, but set some lines aside; 130 stopped by Ctrl-C.
+says why; 2 wrong usage; 3 `score` or `stability` finished, but set some lines aside; 130 stopped by Ctrl-C.
 
 Here are the commands, what they read and write, and what becomes of errors. Their options are in cli_options.py, what
 they show in terminal.py. Torch and transformers take seconds to import, so everything heavy is imported inside
@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -24,9 +24,10 @@ import typer
 from flowgraph import cli_options as options
 from flowgraph import doctor, terminal
 from flowgraph._version import __version__
-from flowgraph.cli_options import INPUT, OUTPUT, option
+from flowgraph.cli_options import METHOD, OUTPUT, option
 
 if TYPE_CHECKING:
+    from flowgraph.stability import Stability
     from flowgraph.trace import Trace
     from flowgraph.tracer import Tracer
 
@@ -37,7 +38,7 @@ app = typer.Typer(
     help="Which tokens of a reasoning trace carried the question to the answer?\n\n"
     "Start with [bold]flowgraph doctor[/] (is all in place?) and [bold]flowgraph demo[/] (real traces of a small "
     "model, as a page).",
-    epilog="Exit codes: 0 all fine, 1 it could not be done, 2 wrong usage, 3 score set some lines aside, 130 Ctrl-C.",
+    epilog="Exit codes: 0 all fine, 1 it could not be done, 2 wrong usage, 3 some lines were set aside, 130 Ctrl-C.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -95,14 +96,12 @@ def _command(function: Function) -> Function:
 def trace_command(
     context: typer.Context,  # holds all of these by name; options.load and _given pick out what they need
     model: options.Model,
-    prompt: Annotated[str | None, option(INPUT, "--prompt -p", "What the model was asked.", "TEXT")] = None,
-    response: Annotated[str | None, option(INPUT, "--response -r", "What it answered.", "TEXT")] = None,
-    prompt_file: Annotated[Path | None, option(INPUT, "--prompt-file", "From a file; - is stdin.", "FILE")] = None,
-    response_file: Annotated[Path | None, option(INPUT, "--response-file", "The response likewise.", "FILE")] = None,
-    jsonl: Annotated[
-        Path | None, option(INPUT, "--jsonl", "Both from one line of a file, in any form that score reads.", "FILE")
-    ] = None,
-    line: Annotated[int, option(INPUT, "--line", "Which line, from 1.", "N", min=1)] = 1,
+    prompt: options.Prompt = None,
+    response: options.Response = None,
+    prompt_file: options.PromptFile = None,
+    response_file: options.ResponseFile = None,
+    jsonl: options.Jsonl = None,
+    line: options.Line = 1,
     layers: options.Layers = "middle",
     preset: options.Preset = "flowgraph",
     mode: options.Mode = "auto",
@@ -151,7 +150,7 @@ def trace_command(
         if html is not None:
             trace.to_html(html)
         if json_file is not None:
-            _write_json(trace, json_file)
+            _write_json(trace.to_dict() | {"options": trace.options.to_dict()}, json_file)
     if quiet:
         return
     if str(json_file) != "-":
@@ -166,13 +165,13 @@ def _given(given: Mapping[str, Any]) -> Any:
     from flowgraph.adapters.records import Record, record_at
 
     texts = {name: (given[name], given[f"{name}_file"]) for name in ("prompt", "response")}
-    if given["jsonl"] is not None:
+    if given.get("jsonl") is not None:
         if set(texts.values()) != {(None, None)}:
             raise typer.BadParameter("--jsonl has both in it: leave out --prompt, --response and their files")
         return record_at(given["jsonl"], given["line"])
     for name, (text, file) in texts.items():
         if (text is None) == (file is None):
-            remedy = "or --jsonl" if text is None else "not both"
+            remedy = ("or --jsonl" if "jsonl" in given else "or IN") if text is None else "not both"
             raise typer.BadParameter(f"give --{name} or --{name}-file, {remedy}")
     return Record(1, None, *[_text(name, *pair) for name, pair in texts.items()])
 
@@ -195,28 +194,166 @@ def _trace(tracer: Tracer, record: Any, chat: bool) -> Trace:
     """One `Record` of adapters/records.py, in whichever form it came."""
     import torch
 
+    prompt, response = _texts(tracer, record, chat)
+    if record.has_ids:
+        ids = torch.cat([prompt, response])
+        return tracer.from_ids(ids[None], prompt_mask=(torch.arange(len(ids)) < len(prompt))[None])[0]
+    return tracer(prompt, response)
+
+
+def _texts(tracer: Tracer, record: Any, chat: bool) -> tuple[Any, Any]:
+    """Its prompt and response, as text, as chat messages, or both as tensors of token ids."""
+    import torch
+
     if record.has_ids:
         if tracer.options.question == "user":
             raise ValueError("--question user needs chat messages: token ids don't say what the user wrote")
-        ids = torch.tensor(record.prompt + record.response)
-        known = tracer.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        if int(ids.max()) >= known:
-            raise ValueError(f"token id {int(ids.max())} is unknown to the model, which has {known}")
-        return tracer.from_ids(ids[None], prompt_mask=(torch.arange(len(ids)) < len(record.prompt))[None])[0]
-    prompt = record.prompt
-    if isinstance(prompt, str) and chat:
-        prompt = [{"role": "user", "content": prompt}]
-    return tracer(prompt, record.response)
+        prompt, response = torch.tensor(record.prompt), torch.tensor(record.response)
+        known, most = tracer.model.get_input_embeddings().num_embeddings, max(map(int, (prompt.max(), response.max())))  # type: ignore[operator]
+        if most >= known:
+            raise ValueError(f"token id {most} is unknown to the model, which has {known}")
+        return prompt, response
+    if isinstance(record.prompt, str) and chat:
+        return [{"role": "user", "content": record.prompt}], record.response
+    return record.prompt, record.response
 
 
-def _write_json(trace: Trace, path: Path) -> None:
-
-    text = json.dumps(trace.to_dict() | {"options": trace.options.to_dict()}, allow_nan=False)
+def _write_json(values: Any, path: Path) -> None:
+    text = json.dumps(values, allow_nan=False)
     if str(path) == "-":
         print(text)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------- report
+
+
+@app.command("report")
+@_command
+def report_command(
+    context: typer.Context,  # holds all of these by name; options.load and _records pick out what they need
+    files: Annotated[list[Path], typer.Argument(metavar="[IN.jsonl] OUT.html", help="Traces; the page.")],
+    model: options.Model,
+    lines: options.Lines = None,
+    prompt: options.Prompt = None,
+    response: options.Response = None,
+    prompt_file: options.PromptFile = None,
+    response_file: options.ResponseFile = None,
+    layers: options.Layers = "middle",
+    preset: options.Preset = "flowgraph",
+    mode: options.Mode = "auto",
+    edges: options.Edges = "auto",
+    answer: options.Answer = "auto",
+    answer_regex: options.AnswerRegex = None,
+    question: options.Question = "prompt",
+    score: options.Score = "throughput",
+    rule: options.Rule = "top",
+    top: options.Top = 0.4,
+    gain: options.Gain = 1.5,
+    no_answer: options.NoAnswer = "uniform",
+    tail_tokens: options.TailTokens = 16,
+    max_tokens: options.MaxTokens = None,
+    solver: options.Solver = "auto",
+    absorb_at_prompt: options.AbsorbAtPrompt = False,
+    temperature: options.Temperature = 1.0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    chat: options.Chat = None,
+    by: Annotated[str, options.choice(OUTPUT, "--by", options.DIVISIONS, "What to divide traces into.")] = "sentences",
+    title: Annotated[str, option(OUTPUT, "--title", "Of the page.", "TEXT")] = "FlowGraph",
+    quiet: Annotated[bool, option(OUTPUT, "--quiet -q", "Show nothing, only write the page.")] = False,
+    verbose: options.Verbose = False,
+    traceback: options.Traceback = False,
+) -> None:
+    """Trace responses and put them on one page, to be read in a browser.
+
+    [bold]Examples[/]
+    flowgraph report rollouts.jsonl page.html -m smollm2 --lines 1,5,8-10
+    flowgraph report page.html -m smollm2 -p "6 times 7?" -r "It is 42. The answer is 42."
+
+    IN has the lines that flowgraph score reads. Without --lines it may have
+    at most 20. The page needs no network.
+    """
+    if len(files) > 2:
+        raise typer.BadParameter(f"give [IN.jsonl] OUT.html, not {len(files)} files")
+    *source, out = files
+    if out.is_dir() or (source and out.exists() and out.samefile(source[0])):
+        raise ValueError(f"OUT: {out} is {'a folder' if out.is_dir() else 'IN as well'}; give the name of another file")
+    records = list(_records(source[0] if source else None, context.params, most=None if lines else _ON_A_PAGE))
+    with terminal.hushed(verbose):
+        from flowgraph import page, report
+
+        # What is lost without a part of a long trace is worked out on its whole attention.
+        tracer, is_chat = options.load({**context.params, "keep_attention": True})
+        dicts = []
+        for record in records:
+            with terminal.status(f"Tracing line {record.line}" if source else "Tracing", quiet):
+                try:
+                    found = report(_trace(tracer, record, is_chat), by)
+                except ValueError as error:
+                    raise ValueError(f"line {record.line}: {error}" if source else str(error)) from error
+            name = f"line {record.line}" + (f", {record.id}" if record.id else "")
+            dicts.append(found | ({"title": name} if source else {}))
+        page.write(out, dicts, title=title)
+    if not quiet:
+        terminal.tell(f"{len(dicts)} trace{'s' * (len(dicts) > 1)} on one page: {out}")
+        terminal.tell(f"Open it in a browser: {out.resolve().as_uri()}")
+
+
+_ON_A_PAGE = 20
+
+
+def _records(source: Path | None, given: Mapping[str, Any], most: int | None) -> Iterator[Any]:
+    """The `Record`s of the chosen lines of a file, or without one what `trace` takes."""
+    from flowgraph.adapters.records import parse
+
+    _check_source(source, given)
+    if source is None:
+        yield _given(given)
+        return
+    for count, (number, raw) in enumerate(_chosen(source, given["lines"])):
+        if most is not None and count == most:
+            raise ValueError(f"{source} has more than {most} lines: choose some with --lines, as in --lines 1,5,8-10")
+        try:
+            yield parse(number, raw)
+        except ValueError as error:
+            raise ValueError(f"line {number} of {source}: {error}") from error
+
+
+def _check_source(source: Path | None, given: Mapping[str, Any]) -> None:
+    """Prompt and response come from a file or from the command line, not from both."""
+    if source is None:
+        if given["lines"] is not None:
+            raise typer.BadParameter("--lines needs IN, the file that they are of")
+    elif any(given[name] is not None for name in ("prompt", "response", "prompt_file", "response_file")):
+        raise typer.BadParameter("IN has prompts and responses: leave out --prompt, --response and their files")
+    elif not source.is_file():
+        raise ValueError(f"IN: {source} is a folder" if source.is_dir() else f"IN: there is no file {source}")
+
+
+def _chosen(source: Path, ranges: Sequence[range] | None) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of the lines of a file in some ranges (None: of all).
+
+    Raises:
+        ValueError: at the end, if a range had none of them.
+    """
+    from flowgraph.adapters.records import lines
+
+    missing = set(ranges or ())
+    empty = True
+    for number, raw in lines(source):
+        of = [one for one in ranges or () if number in one]
+        missing.difference_update(of)
+        if of or ranges is None:
+            empty = False
+            yield number, raw
+    if missing:
+        first = min(missing, key=lambda one: one.start)
+        raise ValueError(f"{source} has no line {first.start}" + (f"-{first.stop - 1}" if len(first) > 1 else ""))
+    if empty:
+        raise ValueError(f"{source} is empty: there is no line to trace")
 
 
 # ------------------------------------------------------------------------- score
@@ -249,6 +386,7 @@ def score_command(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     chat: options.Chat = None,
+    with_measures: Annotated[bool, option(OUTPUT, "--measures", "Add the measures of each trace as columns.")] = False,
     overwrite: Annotated[bool, option(OUTPUT, "--overwrite", "Replace OUT if it exists.")] = False,
     quiet: Annotated[bool, option(OUTPUT, "--quiet -q", "No progress and no summary.")] = False,
     verbose: options.Verbose = False,
@@ -256,8 +394,9 @@ def score_command(
 ) -> None:
     """Score every response of a file: one row of per-token credits each.
 
-    [bold]Example[/]
+    [bold]Examples[/]
     flowgraph score rollouts.jsonl scores.parquet -m Qwen/Qwen3-4B --answer boxed
+    flowgraph score rollouts.jsonl scores.parquet -m ./model --measures
 
     [bold]IN[/] has one of these on each line, with an "id" if you like:
       {"prompt": text or messages, "response": text}
@@ -275,6 +414,16 @@ def score_command(
       reach                its influence on the answer
       answer               the text that was found, or null
       flags                list, empty where all is fine
+    and with --measures these too, a number per response, null where it has
+    none (flowgraph/measures.py says what each one is):
+      path_length_mean, path_length_p90, path_length_max, direct_share,
+      effective_tokens, effective_share, entropy, gini, top_tenth,
+      distance_mean, distance_relative, local_share,
+      width_mean, width_min, width_min_place,
+      place_mean, quarter_1, quarter_2, quarter_3, quarter_4, near_answer,
+      question_share, prompt_share, response_share, sink_share,
+      digit_share, operator_share, delimiter_share, word_share,
+      digit_lift, operator_lift, delimiter_lift, word_lift, unlisted_share
 
     Lines that can't be used go to OUT.errors.jsonl as {"line", "reason"}, and
     the exit code is 3. OUT appears when it is complete: a run that was stopped
@@ -284,17 +433,19 @@ def score_command(
 
     _check_files(source, out, overwrite)
     with terminal.hushed(verbose):
+        from flowgraph.measures import MEASURES
+
         tracer, is_chat = options.load(context.params)
         done = _Done()
         with (
-            ScoreFile(out, _metadata(model, tracer, is_chat)) as file,
+            ScoreFile(out, _metadata(model, tracer, is_chat), MEASURES if with_measures else ()) as file,
             terminal.progress(source.stat().st_size, done, quiet) as advance,
         ):
             for number, raw in lines(source):
                 try:
                     record = parse(number, raw)
                     trace = _trace(tracer, record, is_chat)
-                    row = _row(record, trace)
+                    row = _row(record, trace) | (_measures(trace) if with_measures else {})
                 except Exception as error:  # nothing in one line may stop the run; the reason is kept
                     file.set_aside(number, terminal.reason(error))
                     done.aside += 1
@@ -369,6 +520,270 @@ def _row(record: Any, trace: Trace) -> dict[str, Any]:
         "answer": trace.answer,
         "flags": list(trace.flags),
     }
+
+
+def _measures(trace: Trace) -> dict[str, float]:
+    """Those that the trace has."""
+    from flowgraph.measures import measures, rows
+
+    return next(iter(rows(measures(trace.flow, [trace.text]))))
+
+
+# ------------------------------------------------------------------------- compare
+
+COMPARE = "What to compare"
+STATISTICS = "Statistics"
+
+
+@app.command("compare")
+@_command
+def compare_command(
+    files: Annotated[list[Path], typer.Argument(metavar="A.parquet [B.parquet]", help="Scores of each group, or all.")],
+    by: Annotated[str | None, option(COMPARE, "--by", "Divide one file by this column or label.", "NAME")] = None,
+    groups: Annotated[
+        Any,
+        option(
+            COMPARE, "--groups", "The two values of --by, if there are more: a,b.", "A,B", parser=options.parse_names
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        option(COMPARE, "--labels", "JSON lines that have --by, --pair or --also: what score read.", "FILE"),
+    ] = None,
+    join: Annotated[str, options.choice(COMPARE, "--join", ("line", "id"), "How rows find their labels.")] = "line",
+    also: Annotated[
+        Any, option(COMPARE, "--also", "Numbers of --labels to compare too.", "NAMES", parser=options.parse_names)
+    ] = None,
+    only: Annotated[
+        Any, option(COMPARE, "--only", "Compare these measures and no others.", "NAMES", parser=options.parse_names)
+    ] = None,
+    pair: Annotated[
+        str | None, option(COMPARE, "--pair", "Compare rows with the same value of this: id, problem, ...", "NAME")
+    ] = None,
+    test: Annotated[
+        str,
+        options.choice(STATISTICS, "--test", ("rank", "permutation"), "rank (Mann-Whitney, Wilcoxon) or permutation."),
+    ] = "rank",
+    confidence: Annotated[float, option(STATISTICS, "--confidence", "Of the intervals.", "SHARE")] = 0.95,
+    resamples: Annotated[int, option(STATISTICS, "--resamples", "Of bootstrap and permutation.", "N", min=1)] = 2000,
+    seed: Annotated[int, option(STATISTICS, "--seed", "The same one gives the same result.", "N", min=0)] = 0,
+    examples: Annotated[int, option(OUTPUT, "--examples", "Traces to name at each end.", "N", min=0)] = 3,
+    out: Annotated[Path | None, option(OUTPUT, "--out", "Write all of it, as OUT.json or OUT.parquet.", "OUT")] = None,
+    quiet: Annotated[bool, option(OUTPUT, "--quiet -q", "Show nothing, only write OUT.")] = False,
+    traceback: options.Traceback = False,
+) -> None:
+    """Compare two groups of scored traces, measure by measure.
+
+    [bold]Examples[/]
+    flowgraph score rollouts.jsonl scores.parquet -m ./model --measures
+    flowgraph compare scores.parquet --labels rollouts.jsonl --by correct
+    flowgraph compare scores.parquet --labels rollouts.jsonl --by correct --pair problem
+    flowgraph compare before.parquet after.parquet --pair id --out result.json
+
+    Compared are all columns of numbers that both groups have. In the table
+      difference   of the means, with its bootstrap interval
+      AUC          how well the measure alone tells the groups apart: 0.5 not
+                   at all, 1 the first group always has more, 0 always less
+      d            Cohen's: the difference in standard deviations
+      p            corrected for the number of measures (Benjamini, Hochberg)
+    Medians, rank-biserial correlation (Cliff's delta), uncorrected p and
+    the traces at both ends of each measure are in OUT.
+    """
+    if len(files) > 2:
+        raise typer.BadParameter(f"give A.parquet [B.parquet], not {len(files)} files")
+    if out is not None and out.suffix not in (".json", ".parquet"):
+        raise typer.BadParameter(f"--out {out}: the name must end in .json or .parquet")
+    if groups is not None and len(groups) != 2:
+        raise typer.BadParameter(f"--groups takes two values, got {len(groups)}")
+    if len(files) == 2 and (by or groups or labels or also):
+        raise typer.BadParameter("--by, --groups, --labels and --also go with one file, that is divided")
+    if len(files) == 1 and by is None:
+        raise typer.BadParameter("give a second file, or --by to divide this one")
+    if also and labels is None:
+        raise typer.BadParameter("--also needs --labels, the file that has them")
+    for path in (*files, *([labels] if labels else [])):
+        if out is not None and out.exists() and path.exists() and out.samefile(path):
+            raise ValueError(f"--out {out} is one of the files to read; give another name")
+    from flowgraph.adapters.records import read_scores, with_labels
+    from flowgraph.compare import compare, divide, numbers
+
+    tables = [read_scores(path) for path in files]
+    if labels is not None:
+        wanted = [name for name in (by, pair, *(also or ())) if name and name not in tables[0].column_names]
+        tables = [with_labels(tables[0], labels, list(dict.fromkeys(wanted)), join)]
+    if by is not None:
+        (first, one), (second, other) = divide(tables[0], by, groups)
+        names = (f"{by}={first}", f"{by}={second}")
+        if left_out := tables[0].num_rows - one.num_rows - other.num_rows:
+            terminal.say(f"{left_out:,} rows are in neither group")
+    else:
+        one, other = tables
+        same = files[0].stem == files[1].stem
+        names = (str(files[0]), str(files[1])) if same else (files[0].stem, files[1].stem)
+    measured = [
+        {name: values for name, values in numbers(table).items() if name not in (by, pair)} for table in (one, other)
+    ]
+    if only is not None:
+        if unknown := [name for name in only if name not in measured[0] or name not in measured[1]]:
+            raise ValueError(f"--only {unknown[0]}: no such numbers in both; there are {', '.join(measured[0])}")
+        measured = [{name: values[name] for name in only} for values in measured]
+    for table in (one, other):
+        if pair is not None and pair not in table.column_names:
+            raise ValueError(f"--pair {pair}: there is no such column; there are {', '.join(table.column_names)}")
+    comparison = compare(
+        measured[0],
+        measured[1],
+        names=names,
+        labels=(_labels(one), _labels(other)),
+        pair=None if pair is None else (one[pair].to_pylist(), other[pair].to_pylist()),
+        test=test,
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+        examples=examples,
+    )
+    if out is not None:
+        if out.suffix == ".json":
+            _write_json(comparison.to_dict() | {"version": __version__}, out)
+        else:
+            import pyarrow.parquet
+
+            out.parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(comparison.to_table(), out)
+    if quiet:
+        return
+    terminal.show_comparison(comparison)
+    if {one.measure for one in comparison} <= {"prompt_tokens", "response_tokens"}:
+        terminal.say("there are no measures in these files: flowgraph score --measures puts them there")
+    if out is not None:
+        terminal.say(f"wrote {out}")
+
+
+def _labels(table: Any) -> list[dict[str, Any]]:
+    """What to call each row: its line and its id, if it has one."""
+    columns = {name: table[name].to_pylist() for name in ("line", "id") if name in table.column_names}
+    rows = [{name: values[row] for name, values in columns.items()} for row in range(table.num_rows)]
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+# ------------------------------------------------------------------------- stability
+
+
+@app.command("stability")
+@_command
+def stability_command(
+    context: typer.Context,  # holds all of these by name; options.load and _records pick out what they need
+    model: options.Model,
+    source: Annotated[Path | None, typer.Argument(metavar="[IN.jsonl]", help="One response per line.")] = None,
+    lines: options.Lines = None,
+    prompt: options.Prompt = None,
+    response: options.Response = None,
+    prompt_file: options.PromptFile = None,
+    response_file: options.ResponseFile = None,
+    layers: options.Layers = "middle",
+    preset: options.Preset = "flowgraph",
+    mode: options.Mode = "auto",
+    edges: options.Edges = "auto",
+    answer: options.Answer = "auto",
+    answer_regex: options.AnswerRegex = None,
+    question: options.Question = "prompt",
+    score: options.Score = "throughput",
+    rule: options.Rule = "top",
+    top: options.Top = 0.4,
+    gain: options.Gain = 1.5,
+    no_answer: options.NoAnswer = "uniform",
+    tail_tokens: options.TailTokens = 16,
+    max_tokens: options.MaxTokens = None,
+    solver: options.Solver = "auto",
+    absorb_at_prompt: options.AbsorbAtPrompt = False,
+    temperature: options.Temperature = 1.0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    chat: options.Chat = None,
+    groups: Annotated[
+        Any,
+        option(
+            METHOD, "--vary", "Of edges, layers, heads, preset, answer, question.", "NAMES", parser=options.parse_names
+        ),
+    ] = None,
+    halves: Annotated[int, option(METHOD, "--halves", "Random divisions of the heads in two.", "N", min=1)] = 4,
+    seed: Annotated[int, option(METHOD, "--seed", "Of the halves and the bootstrap.", "N", min=0)] = 0,
+    json_file: Annotated[
+        Path | None, option(OUTPUT, "--json", "Write all of it as JSON; - is stdout, then for nothing else.", "FILE")
+    ] = None,
+    quiet: Annotated[bool, option(OUTPUT, "--quiet -q", "Show nothing, only write the file.")] = False,
+    verbose: options.Verbose = False,
+    traceback: options.Traceback = False,
+) -> None:
+    """Trace again with other thresholds, layers, heads, presets and finders: do the credits stay?
+
+    [bold]Examples[/]
+    flowgraph stability -m smollm2 -p "6 times 7?" -r "It is 42. The answer is 42."
+    flowgraph stability rollouts.jsonl -m ./model --lines 1-50 --json stability.json
+
+    Each variant changes one choice of the default, which the options set. In
+    the table
+      rank correlation   of the scores of all tokens that may get credit
+      overlap            of the tokens with the --top highest scores, the share
+                         that both have; by chance it would be --top
+    For a file, these are means over its traces with bootstrap intervals. The
+    model runs once per trace; the rest takes about 30 times as long as one.
+    """
+    _check_source(source, context.params)
+    record = _given(context.params) if source is None else None
+    aside: dict[int, str] = {}
+    found: list[tuple[Any, Stability]] = []
+    with terminal.hushed(verbose):
+        from flowgraph.adapters.records import parse
+        from flowgraph.compare import plain
+        from flowgraph.stability import GROUPS, stability, summarize
+
+        if unknown := [group for group in groups or () if group not in GROUPS]:
+            raise typer.BadParameter(f"--vary {unknown[0]}: there are {', '.join(GROUPS)}")
+        tracer, is_chat = options.load(context.params)
+        how: dict[str, Any] = {"groups": GROUPS if groups is None else groups, "halves": halves, "seed": seed}
+        if source is None:
+            with terminal.status("Tracing", quiet):
+                found.append((record, stability(tracer, *_texts(tracer, record, is_chat), **how)))
+        else:
+            done = _Done()
+            with terminal.progress(source.stat().st_size, done, quiet) as advance:
+                for number, raw in _chosen(source, lines):
+                    try:
+                        record = parse(number, raw)
+                        found.append((record, stability(tracer, *_texts(tracer, record, is_chat), **how)))
+                    except Exception as error:  # as in score: nothing in one line may stop the run
+                        aside[number] = terminal.reason(error)
+                        done.aside += 1
+                    else:
+                        done.rows += 1
+                    advance(len(raw))
+    summary = summarize([one for _, one in found], seed=seed) if source is not None and found else None
+    if json_file is not None:
+        about: dict[str, Any] = {
+            "version": __version__,
+            "model": model,
+            "options": tracer.options.to_dict(),
+            "vary": how,
+        }
+        if source is None:
+            about |= found[0][1].to_dict()
+        else:
+            traces = [{"line": record.line, "id": record.id} | one.to_dict() for record, one in found]
+            bad = [{"line": line, "reason": why} for line, why in aside.items()]
+            about |= {"summary": plain(summary or []), "traces": traces, "set_aside": bad}
+        _write_json(about, json_file)
+    if not quiet and str(json_file) != "-":
+        if source is None:
+            terminal.show_stability(found[0][1])
+        elif summary is not None:
+            terminal.show_stabilities([one for _, one in found], summary)
+        if json_file is not None:
+            terminal.say(f"wrote {json_file}")
+    for line, why in aside.items():
+        terminal.say(f"line {line} set aside: {why}", style="yellow")
+    if aside:
+        raise typer.Exit(3)
 
 
 # ------------------------------------------------------------------------- doctor

@@ -1,4 +1,4 @@
-"""The options that `trace` and `score` share, and what they stand for: the tracer's `Options`, a device, a model.
+"""The options that commands share, and what they stand for: the tracer's `Options`, a device, a model.
 
 An option that sets a field of `Options` has the field's name; `tracer_options` collects them. Values are checked
 here or by the library before a model is loaded, so that wrong usage is known at once.
@@ -25,7 +25,8 @@ INPUT, MODEL, METHOD, CREDIT, FINE, OUTPUT = (
 )  # fmt: skip
 SOLVERS = ("auto", "scatter", "scipy", "reference")
 FINDERS = ("auto", "boxed", "####", "A:", "<answer>", "answer is")
-RULES = ("top", "proportional", "rank", "softmax")
+DIVISIONS = ("sentences", "words", "lines", "steps", "turns")
+RULES = ("top", "proportional", "rank", "softmax", "keep")
 
 
 # ------------------------------------------------------------------------- values
@@ -54,6 +55,26 @@ def _parse_edges(text: str) -> tuple[str, float]:
         raise typer.BadParameter(f"{text!r} is not auto, all, a threshold like 1/1024, top:32 or mass:0.9") from None
 
 
+def _parse_lines(text: str) -> list[range]:
+    """Numbers and ranges of lines, from 1."""
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise typer.BadParameter(f"{text!r} is not lines like 1,5,8-10")
+        ranges.append(range(first, last + 1))
+    return ranges
+
+
+def parse_names(text: str) -> list[str]:
+    """Names with commas between."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise typer.BadParameter(f"{text!r} is not different names like these: a,b")
+    return names
+
+
 def _parse_pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
@@ -78,7 +99,7 @@ def option(panel: str, name: str, help: str, metavar: str | None = None, **more:
     return typer.Option(*name.split(), help=help, metavar=metavar, rich_help_panel=panel, **more)
 
 
-def _choice(panel: str, name: str, choices: Sequence[str], help: str) -> Any:
+def choice(panel: str, name: str, choices: Sequence[str], help: str) -> Any:
     # A parser in place of an Enum: values hold "####" and the like.
     return option(panel, name, help, "NAME", parser=_one_of(choices))
 
@@ -88,9 +109,19 @@ _DTYPE = "Of its weights: float32, bfloat16, or auto: float32 on the CPU and as 
 _DEVICE = "cpu, cuda, cuda:1, mps, or auto: CUDA where there is one, else the CPU."
 _CHAT = "Give the prompt as a user message to the chat template, or as it is."
 Model = Annotated[str, option(MODEL, "--model -m", _MODEL, "MODEL")]
-Dtype = Annotated[str, _choice(MODEL, "--dtype", ("auto", "float32", "bfloat16"), _DTYPE)]
+Dtype = Annotated[str, choice(MODEL, "--dtype", ("auto", "float32", "bfloat16"), _DTYPE)]
 Device = Annotated[str, option(MODEL, "--device", _DEVICE, "NAME")]
 Chat = Annotated[bool | None, option(MODEL, "--chat/--no-chat", _CHAT, show_default="chat if there is a template")]
+
+_JSONL = "Both from one line of a file, in any form that score reads."
+_LINES = "Which lines of IN, from 1, like 1,5,8-10. Default: all."
+Prompt = Annotated[str | None, option(INPUT, "--prompt -p", "What the model was asked.", "TEXT")]
+Response = Annotated[str | None, option(INPUT, "--response -r", "What it answered.", "TEXT")]
+PromptFile = Annotated[Path | None, option(INPUT, "--prompt-file", "From a file; - is stdin.", "FILE")]
+ResponseFile = Annotated[Path | None, option(INPUT, "--response-file", "The response likewise.", "FILE")]
+Jsonl = Annotated[Path | None, option(INPUT, "--jsonl", _JSONL, "FILE")]
+Line = Annotated[int, option(INPUT, "--line", "Which line, from 1.", "N", min=1)]
+Lines = Annotated[Any, option(INPUT, "--lines", _LINES, "LINES", parser=_parse_lines)]
 
 _LAYERS = "Layers whose attention counts: middle (third), all, or numbers like 10,11,12."
 _PRESET = "Where flow ends: at the tokens that predict the answer (flowgraph) or at its own (paper)."
@@ -107,18 +138,18 @@ _FINDER = "How the answer is found: auto (the first that finds one), boxed, ####
 _REGEX = "Find it with a regular expression: its group 1, if it has one."
 _QUESTION = "Where flow starts: at every token of the prompt (prompt), or of what the user wrote in it as chat (user)."
 Layers = Annotated[Any, option(METHOD, "--layers", _LAYERS, "WHICH", parser=_parse_layers)]
-Preset = Annotated[str, _choice(METHOD, "--preset", ("flowgraph", "paper"), _PRESET)]
-Mode = Annotated[str, _choice(METHOD, "--mode", ("auto", "edges", "exact"), _MODE)]
+Preset = Annotated[str, choice(METHOD, "--preset", ("flowgraph", "paper"), _PRESET)]
+Mode = Annotated[str, choice(METHOD, "--mode", ("auto", "edges", "exact"), _MODE)]
 Edges = Annotated[Any, option(METHOD, "--edges", _EDGES, "RULE", parser=_parse_edges)]
-Answer = Annotated[str, _choice(METHOD, "--answer", FINDERS, _FINDER)]
+Answer = Annotated[str, choice(METHOD, "--answer", FINDERS, _FINDER)]
 AnswerRegex = Annotated[Any, option(METHOD, "--answer-regex", _REGEX, "REGEX", parser=_parse_pattern)]
-Question = Annotated[str, _choice(METHOD, "--question", ("prompt", "user"), _QUESTION)]
+Question = Annotated[str, choice(METHOD, "--question", ("prompt", "user"), _QUESTION)]
 
 _SCORE = "What tokens are ranked by: throughput or reach."
-_RULE = "How scores become weights: top, proportional, rank, softmax."
-Score = Annotated[str, _choice(CREDIT, "--score", ("throughput", "reach"), _SCORE)]
-Rule = Annotated[str, _choice(CREDIT, "--rule", RULES, _RULE)]
-Top = Annotated[float, option(CREDIT, "--top", "Share of the tokens that the rule top picks.", "SHARE")]
+_RULE = "How scores become weights: top, proportional, rank, softmax; or keep: 1 for the top, 0 for the rest."
+Score = Annotated[str, choice(CREDIT, "--score", ("throughput", "reach"), _SCORE)]
+Rule = Annotated[str, choice(CREDIT, "--rule", RULES, _RULE)]
+Top = Annotated[float, option(CREDIT, "--top", "Share of the tokens that the rules top and keep pick.", "SHARE")]
 Gain = Annotated[float, option(CREDIT, "--gain", "The highest weight; 1 is neutral.", "WEIGHT")]
 
 _NO_ANSWER = "Where none is found: every weight stays 1 (uniform), or the last tokens stand for it (tail)."
@@ -126,10 +157,10 @@ _MAX_TOKENS = "Refuse longer traces. Default: what the model says it can see."
 _SOLVER = "Of mode edges: scatter, scipy, reference (dense), or auto: scipy on the CPU and scatter elsewhere."
 _ABSORB = "Flow leaves the prompt at once and never runs within it."
 _TEMPERATURE = "Of the rule softmax: the lower, the fewer tokens get much."
-NoAnswer = Annotated[str, _choice(FINE, "--no-answer", ("uniform", "tail"), _NO_ANSWER)]
+NoAnswer = Annotated[str, choice(FINE, "--no-answer", ("uniform", "tail"), _NO_ANSWER)]
 TailTokens = Annotated[int, option(FINE, "--tail-tokens", "How many that are.", "N", min=1)]
 MaxTokens = Annotated[int | None, option(FINE, "--max-tokens", _MAX_TOKENS, "N", min=2)]
-Solver = Annotated[str, _choice(FINE, "--solver", SOLVERS, _SOLVER)]
+Solver = Annotated[str, choice(FINE, "--solver", SOLVERS, _SOLVER)]
 AbsorbAtPrompt = Annotated[bool, option(FINE, "--absorb-at-prompt", _ABSORB)]
 Temperature = Annotated[float, option(FINE, "--temperature", _TEMPERATURE, "T")]
 
@@ -149,7 +180,7 @@ def tracer_options(given: Mapping[str, Any]) -> Options:
     from flowgraph.options import Options
     from flowgraph.sparsify import Mass, Threshold, TopK
 
-    values = {field.name: given[field.name] for field in fields(Options)}
+    values = {field.name: given[field.name] for field in fields(Options) if field.name in given}
     if given["answer_regex"] is not None:
         values["answer"] = given["answer_regex"]
     rule, number = values["edges"]

@@ -92,7 +92,7 @@ def solve_scipy(system: System) -> Solution:
     source, target = system.edge_index.numpy()
     weight = system.edge_weight.double()
     leaving = weight.numpy() * ~system.sinks.numpy()[source]
-    triangle = _Triangle(source, target, len(system.sinks))
+    triangle = Triangle(source, target, len(system.sinks))
     reach_value = triangle.solve(leaving, system.sinks.double().numpy(), backward=True)
     reaches = _reaches(source, target, leaving, system.sinks.numpy())
     # Below this the sums have lost digits to underflow (or, with huge weights, overflowed): sweep with exponents.
@@ -108,7 +108,7 @@ def solve_scipy(system: System) -> Solution:
     return Solution(reach, flow, injection, transition, torch.ones(system.num_graphs, dtype=torch.int64))
 
 
-class _Triangle:
+class Triangle:
     """`I - M` for a strictly triangular `M` given by edges sorted by target: row k holds its sources, then itself."""
 
     def __init__(self, source: np.ndarray, target: np.ndarray, num_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""What the command line shows: a trace on stdout; messages, progress and errors on stderr.
+"""What the command line shows: traces and tables on stdout; messages, progress and errors on stderr.
 
 Text of a model or a file passes through `clean` or `visible` before it is shown: it may hold anything, escape
 sequences too. Where there are no colours (NO_COLOR, a pipe), a table of the top tokens stands for the heat map.
@@ -10,10 +10,10 @@ import re
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,6 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from flowgraph.compare import Comparison, Example
+    from flowgraph.stability import Stability
     from flowgraph.trace import Trace
 
 # ------------------------------------------------------------------------- text and messages
@@ -163,12 +165,16 @@ def show(trace: Trace, seconds: float | None = None) -> None:
         out.print(_legend(trace.options.score, shades))
         out.print()
     out.print(_facts(trace, seconds), soft_wrap=True)
-    for flag in trace.flags:
-        out.print(Text(f"{flag}: ", style="bold yellow") + Text(FLAGS[flag]), soft_wrap=True)
+    _show_flags(trace.flags)
     table = _top_tokens(trace, coloured)
     if table.row_count:
         out.print()
         out.print(table)
+
+
+def _show_flags(flags: Sequence[str]) -> None:
+    for flag in flags:
+        stdout().print(Text(f"{flag}: ", style="bold yellow") + Text(FLAGS[flag]), soft_wrap=True)
 
 
 def _heat_map(trace: Trace, shades: Sequence[str]) -> Text:
@@ -238,3 +244,118 @@ def _top_tokens(trace: Trace, coloured: bool, count: int = 10) -> Table:
         weight = float(trace.weights[token])
         table.add_row(Text(visible(piece, edges=True)), str(token), f"{score:.4g}", f"{weight:.3g}", context)
     return table
+
+
+# ------------------------------------------------------------------------- two groups
+
+SURE = 0.05  # a corrected p up to this is shown in bold
+ENDS = 3  # measures whose traces at the ends are named
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """A row per measure, the surest first, and the traces at the ends of the first few, to stdout."""
+    out, (a, b) = stdout(), (clean(name) for name in comparison.names)
+    sizes = f"{a}: {comparison.sizes[0]:,} traces | {b}: {comparison.sizes[1]:,} traces"
+    if comparison.pairs is not None:
+        sizes += (
+            f" | {comparison.pairs:,} pairs; without a partner: {comparison.unpaired[0]:,}, {comparison.unpaired[1]:,}"
+        )
+    out.print(Text(sizes, style="bold"), soft_wrap=True)
+    missing = any(sum(one.missing) for one in comparison)
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.add_column("measure", no_wrap=True)
+    interval = f"{comparison.settings['confidence']:.0%} interval"
+    columns = [a, b, "difference", interval, "AUC", "d", "p", *(["without"] if missing else [])]
+    for name in columns:
+        table.add_column(Text(name), justify="right", no_wrap=name not in (a, b), overflow="fold")
+    for one in comparison.ranked():
+        ends = "" if one.low != one.low else f"{one.low:+.3g} .. {one.high:+.3g}"
+        cells = [
+            *map(_number, one.mean),
+            _number(one.difference, "+.3g"),
+            ends,
+            _number(one.auc, ".2f"),
+            _number(one.cohens_d, "+.2f"),
+            _number(one.p_corrected, ".2g"),
+            *(["{}, {}".format(*one.missing) if sum(one.missing) else ""] if missing else []),
+        ]
+        table.add_row(one.measure, *cells, style="bold" if one.p_corrected <= SURE else None)
+    out.print(table)
+    if comparison.unshared:
+        out.print(Text(clean(f"in one file only: {', '.join(comparison.unshared)}"), style="dim"), soft_wrap=True)
+    for one in comparison.ranked()[:ENDS]:
+        if one.examples[0] or one.examples[1]:
+            sides = (
+                f"{name}: " + ", ".join(map(_example, side)) for name, side in zip((a, b), one.examples, strict=True)
+            )
+            out.print(Text(clean(f"{one.measure}  " + " | ".join(sides))), soft_wrap=True)
+
+
+def _number(value: float, how: str = ".3g") -> str:
+    return "" if value != value else format(value, how)
+
+
+def _example(example: Example) -> str:
+    """What a trace is called, and its value."""
+    label = example.label
+    if isinstance(label, Mapping):
+        label = f"line {label['line']}" if "line" in label else label.get("id", f"row {example.row}")
+    return f"{label} ({example.value:.3g})"
+
+
+# ------------------------------------------------------------------------- stability
+
+
+def show_stability(found: Stability) -> None:
+    """One trace under all variants, to stdout."""
+    answer = "no answer" if found.answer is None else f'answer "{visible(found.answer)}"'
+    facts = f"{found.tokens:,} tokens | {found.mask_tokens:,} may get credit | {answer}"
+    stdout().print(Text(facts, style="bold"), soft_wrap=True)
+    _show_flags(found.flags)
+    rows = [
+        (one.group, one.name, _number(one.spearman, ".3f"), _number(one.overlap, ".0%"), _found(one))
+        for one in found.variants
+    ]
+    if rows:
+        _stability_table(rows, found.top)
+    for name, value in (("layers", found.layer_agreement), ("halves of heads", found.head_agreement)):
+        if value == value:
+            tell(f"Two {name} agree by a mean rank correlation of {value:.3f}.")
+
+
+def _found(one: Any) -> str:
+    if one.group != "answer":
+        return ""
+    return "finds nothing" if one.same_answer is None else "the same answer" if one.same_answer else "another answer"
+
+
+def show_stabilities(found: Sequence[Stability], summary: Sequence[Mapping[str, Any]]) -> None:
+    """Means over many traces, to stdout."""
+    blind = sum(not one.variants for one in found)
+    facts = f"{len(found):,} traces" + (f", {blind:,} without an answer left out" if blind else "")
+    stdout().print(Text(facts, style="bold"), soft_wrap=True)
+    rows = []
+    for one in summary:
+        is_finder, same = one["group"] == "answer", one["same_answer"]
+        note = f"{one['n']:,} traces" + (f", the same answer in {same:.0%}" if is_finder else "")
+        rows.append((one["group"], one["name"], _mean(one["spearman"], ".3f"), _mean(one["overlap"], ".0%"), note))
+    _stability_table(rows, found[0].top)
+
+
+def _mean(values: tuple[float, float, float], how: str) -> str:
+    mean, low, high = values
+    return _number(mean, how) + (f" [{low:{how}}, {high:{how}}]" if low == low else "")
+
+
+def _stability_table(rows: Sequence[tuple[str, ...]], top: float) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("changed", "to"):
+        table.add_column(name, no_wrap=True)
+    for name in ("rank correlation", f"overlap of top {top:.0%}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    before = None
+    for group, *cells in rows:
+        table.add_row(group if group != before else "", *map(Text, cells))
+        before = group
+    stdout().print(table)

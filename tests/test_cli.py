@@ -21,11 +21,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from flowgraph import Mass, Threshold, TopK, Tracer, __version__, answers, cli, cli_options, spans, terminal
+from flowgraph import Mass, Threshold, TopK, Tracer, __version__, answers, cli, cli_options, segments, spans, terminal
 from flowgraph import smollm2 as smollm2_source
 from flowgraph.credit import _RULES, SCORES
 from flowgraph.exact import exact_flow
 from flowgraph.flow import Flow
+from flowgraph.measures import MEASURES, measures
 from flowgraph.options import Options
 from flowgraph.solve import SOLVERS, Solution, System
 
@@ -106,14 +107,14 @@ def trace(folder: Path, *more: str | Path) -> list[str | Path]:
 
 
 def test_help_teaches() -> None:
-    for command in ("trace", "score", "doctor", "demo"):
+    for command in ("trace", "report", "score", "compare", "stability", "doctor", "demo"):
         assert command in good("--help").stdout
         text = good(command, "--help").stdout
         assert "flowgraph " + command in text or command in ("doctor", "demo")
         assert "[bold]" not in text and "[/]" not in text, "markup is shown as text"
     text = good("score", "--help").stdout
-    for column in ("line", "id", "response_token_ids", "weights", "throughput", "reach", "answer", "flags"):
-        assert column in text
+    columns = ("line", "id", "response_token_ids", "weights", "throughput", "reach", "answer", "flags", *MEASURES)
+    assert [column for column in columns if column not in text] == []
     assert '"messages": [..., {' in text, "brackets are not taken for markup"
 
 
@@ -125,9 +126,10 @@ def test_choices_are_those_of_the_library_and_help_names_them() -> None:
     assert ("auto", *SOLVERS) == cli_options.SOLVERS
     assert ("auto", *answers.FINDERS) == cli_options.FINDERS
     assert tuple(_RULES) == cli_options.RULES
+    assert set(segments._SPLITTERS) == set(cli_options.DIVISIONS)
     assert set(terminal.FLAGS) == {*answers.FLAGS, "no_flow"}
     choices = (*cli_options.SOLVERS, *cli_options.FINDERS, *cli_options.RULES, *SCORES, *spans.PRESETS)
-    for command in ("trace", "score"):
+    for command in ("trace", "report", "score", "stability"):
         text = good(command, "--help").stdout
         for choice in (*choices, *spans.NO_ANSWER, "edges", "exact", "prompt", "user", "float32", "bfloat16"):
             assert choice in text
@@ -200,7 +202,7 @@ def test_every_option_reaches_the_tracer(
 def test_some_options_differ_from_the_default_in_every_field() -> None:
     given = [options for _, options in OPTIONS]
     same = [field.name for field in fields(Options) if len({str(getattr(o, field.name)) for o in given}) == 1]
-    assert same == []
+    assert same == ["keep_attention"]  # of use only where a trace stays in memory
 
 
 def test_dtype_device_and_chat(folder: Path, seen: Seen) -> None:
@@ -606,6 +608,251 @@ def test_stopping_score_leaves_no_out(folder: Path, tmp_path: Path) -> None:
     assert running.returncode == 130, output
     assert "Traceback" not in output[1]
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+# ------------------------------------------------------------------------- report
+
+
+def data_of(page: Path) -> list[dict[str, Any]]:
+    """The traces in a page."""
+    found = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text(), re.S)
+    assert found
+    data = json.loads(found[1])
+    return data if isinstance(data, list) else data["traces"]
+
+
+def test_report_puts_lines_of_a_file_on_one_page(folder: Path, rows: Path) -> None:
+    page = rows.with_name("page.html")
+    result = good("report", rows, page, "-m", folder, "--lines", "1,3", "--title", "Two of three")
+    assert f"2 traces on one page: {page}" in result.stdout
+    assert page.as_uri() in result.stdout.replace("\n", "")
+    assert [trace["title"] for trace in data_of(page)] == ["line 1, a", "line 3"]
+    assert "<title>Two of three</title>" in page.read_text()
+    assert good("report", rows, page, "-m", folder, "-q").output == ""
+    assert len(data_of(page)) == 3
+
+
+def test_report_of_a_prompt_and_response(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    good("report", page, "-m", folder, "-p", PROMPT, "-r", RESPONSE, "--by", "words")
+    assert data_of(page)[0]["segments"]["by"] == "words"
+
+
+def test_report_refuses(folder: Path, rows: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    texts: list[str | Path] = ["-p", PROMPT, "-r", RESPONSE]
+    for arguments, hint in (
+        ([rows, page, page], "not 3 files"),
+        ([rows, page, *texts], "IN has prompts and responses"),
+        ([page, *texts, "--lines", "1"], "--lines needs IN"),
+        ([page, "-p", PROMPT], "give --response or --response-file, or IN"),
+        ([rows, page, "--lines", "0"], "is not lines like 1,5,8-10"),
+        ([rows, page, "--lines", "3-1"], "is not lines like 1,5,8-10"),
+        ([rows, page, "--by", "pages"], "sentences, words"),
+    ):
+        message = " ".join(re.sub(r"[│╭╮╰╯─]", " ", refused(2, "report", *arguments, "-m", folder)).split())
+        assert hint in message
+    bad, many = tmp_path / "bad.jsonl", tmp_path / "many.jsonl"
+    bad.write_bytes(BAD[0][0])
+    many.write_text((json.dumps(ROWS[0]) + "\n") * 21)
+    long = tmp_path / "long.jsonl"
+    long.write_bytes(BAD[3][0])
+    for arguments, hint in (
+        ([tmp_path / "none.jsonl", page], "IN: there is no file"),
+        ([rows, tmp_path], "is a folder"),
+        ([rows, rows], "is IN as well"),
+        ([rows, page, "--lines", "1,7-9"], "has no line 7-9"),
+        ([many, page], "more than 20 lines: choose some"),
+        ([bad, page], f"line 1 of {bad}: not JSON"),
+        ([long, page], "line 1: the trace: input_ids has"),
+    ):
+        assert hint in refused(1, "report", *arguments, "-m", folder)
+    assert not page.exists()
+
+
+# ------------------------------------------------------------------------- measures and compare
+
+
+LABELLED: list[dict[str, Any]] = [
+    {"prompt": PROMPT, "response": f"{n} times 7 is {7 * n}, {'so' * (n % 3)} that is it. The answer is {7 * n}.",
+     "id": f"r{n}", "right": n % 2 == 0, "problem": n // 2, "guess": n / 4}
+    for n in range(8)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scored(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(the lines, their scores with measures); the last has no answer."""
+    place = tmp_path_factory.mktemp("scored")
+    source, out = place / "in.jsonl", place / "scores.parquet"
+    last = LABELLED[-1] | {"response": "I do not know"}
+    source.write_text("\n".join(map(json.dumps, [*LABELLED[:-1], last])))
+    good("score", source, out, "-m", folder, "--measures", "-q")
+    return source, out
+
+
+def test_score_adds_measures(folder: Path, tokenizer: Any, scored: tuple[Path, Path]) -> None:
+    table = pq.read_table(scored[1])
+    assert table.column_names[-len(MEASURES) :] == list(MEASURES)
+    assert {str(table.schema.field(name).type) for name in MEASURES} == {"double"}
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    trace = Tracer(model, tokenizer)([{"role": "user", "content": PROMPT}], LABELLED[2]["response"])
+    expected = measures(trace.flow, [trace.text])
+    row = table.slice(2, 1).to_pylist()[0]
+    for name in MEASURES:
+        value = float(expected[name])
+        assert row[name] == (pytest.approx(value, rel=1e-9) if value == value else None), name
+    assert table["digit_share"].null_count == 1, "a trace without flow has no measures"
+    assert table["gini"].to_pylist()[-1] is None
+
+
+def test_compare_by_a_label(scored: tuple[Path, Path], tmp_path: Path) -> None:
+    source, scores = scored
+    out = tmp_path / "new" / "out.json"
+    asked: list[str | Path] = ["compare", scores, "--labels", source, "--by", "right", "--also", "guess"]
+    result = good(*asked, "--out", out, "--resamples", "200")
+    assert "right=true: 4 traces | right=false: 4 traces" in result.stdout
+    found = json.loads(out.read_text())
+    assert found["names"] == ["right=true", "right=false"]
+    by_name = {one["measure"]: one for one in found["measures"]}
+    assert set(by_name) == {*MEASURES, "prompt_tokens", "response_tokens", "guess"}
+    assert by_name["guess"]["mean"] == [0.75, 1.0]
+    assert by_name["gini"]["missing"] == [0, 1]
+    gini = pq.read_table(scores)["gini"].to_pylist()
+    assert by_name["gini"]["mean"][0] == pytest.approx(sum(gini[0:7:2]) / 4)
+    top = by_name["guess"]["examples"][1][0]
+    assert (top["label"], top["value"]) == ({"line": 8, "id": "r7"}, 1.75)
+    for word in ("AUC", "95% interval", "gini", "guess"):
+        assert word in result.stdout
+    few = good(*asked, "--only", "guess,gini", "--examples", "1", "--resamples", "200").stdout
+    assert "width_mean" not in few
+    assert "guess  right=true: line 1 (0) | right=false: line 8 (1.75)" in few
+    by_id = good(*asked, "--join", "id", "-q", "--out", tmp_path / "same.json", "--resamples", "200")
+    assert by_id.output == ""
+    assert json.loads((tmp_path / "same.json").read_text()) == found
+    swapped = good(*asked, "--groups", "false,true", "--only", "guess", "--resamples", "200").stdout
+    assert "right=false: 4 traces | right=true: 4 traces" in swapped
+
+
+def test_compare_pairs(scored: tuple[Path, Path], tmp_path: Path) -> None:
+    source, scores = scored
+    result = good("compare", scores, "--labels", source, "--by", "right", "--pair", "problem", "--resamples", "200")
+    assert "4 pairs; without a partner: 0, 0" in result.stdout
+    assert "problem" not in result.stdout.replace("--pair problem", "")
+    copy = tmp_path / "scores.parquet"
+    pq.write_table(pq.read_table(scores).slice(2), copy)
+    table = tmp_path / "out.parquet"
+    result = good(
+        "compare", scores, copy, "--pair", "id", "--out", table, "--resamples", "200", "--test", "permutation"
+    )
+    assert "6 pairs; without a partner: 2, 0" in result.stdout
+    assert f"{scores}: 8 traces" in result.stdout, "by their whole names, where these are else the same"
+    found = pq.read_table(table)
+    assert set(found["difference"].to_pylist()) <= {0.0, None}
+    assert set(found["p"].to_pylist()) <= {1.0, None}
+
+
+def test_compare_says_what_is_missing(rows: Path, folder: Path, scored: tuple[Path, Path], tmp_path: Path) -> None:
+    _, scores = scored
+    plain = tmp_path / "plain.parquet"
+    good("score", rows, plain, "-m", folder, "-q")
+    result = good("compare", plain, plain, "--resamples", "50")
+    assert "flowgraph score --measures puts them there" in result.stderr
+    mixed = good("compare", scores, plain, "--resamples", "50").stdout
+    assert "in one file only: path_length_mean" in mixed
+    three = tmp_path / "three.jsonl"
+    three.write_text("\n".join(json.dumps(row | {"kind": "abc"[n % 3]}) for n, row in enumerate(LABELLED)))
+    asked: list[str | Path] = ["compare", scores, "--labels", three, "--by", "kind", "--resamples", "50"]
+    assert "must have two values, it has 3: a (3), b (3), c (2)" in refused(1, *asked)
+    assert "3 rows are in neither group" in good(*asked, "--groups", "b,c").stderr
+
+
+def test_compare_refuses(scored: tuple[Path, Path], tmp_path: Path) -> None:
+    source, scores = scored
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps(row | {"id": "x"}) for row in LABELLED))
+    usage: list[tuple[list[str | Path], str]] = [
+        ([scores], "give a second file, or --by"),
+        ([scores, scores, scores], "not 3 files"),
+        ([scores, scores, "--by", "answer"], "go with one file"),
+        ([scores, "--by", "answer", "--also", "guess"], "--also needs --labels"),
+        ([scores, "--by", "answer", "--groups", "a"], "--groups takes two values"),
+        ([scores, "--by", "answer", "--only", "a,,b"], "is not different names"),
+        ([scores, "--by", "answer", "--out", "out.csv"], "must end in .json or .parquet"),
+        ([scores, scores, "--test", "t"], "rank, permutation"),
+    ]
+    for arguments, hint in usage:
+        assert hint in " ".join(re.sub(r"[│╭╮╰╯─]", " ", refused(2, "compare", *arguments)).split())
+    cannot: list[tuple[list[str | Path], str]] = [
+        ([scores, tmp_path / "none.parquet"], "there is no file"),
+        ([scores, source], "is no Parquet file"),
+        ([scores, "--by", "right"], "there is no column 'right'"),
+        ([scores, scores, "--pair", "problem"], "--pair problem: there is no such column"),
+        ([scores, scores, "--only", "girth"], "--only girth: no such numbers"),
+        ([scores, scores, "--confidence", "2"], "confidence must be in (0, 1)"),
+        ([scores, "--labels", other, "--by", "right"], "it is another file"),
+        ([scores, scores, "--out", scores], "is one of the files to read"),
+    ]
+    for arguments, hint in cannot:
+        assert hint in refused(1, "compare", *arguments)
+
+
+# ------------------------------------------------------------------------- stability
+
+
+def test_stability_of_one_trace(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    from flowgraph.stability import stability
+
+    out = tmp_path / "new" / "out.json"
+    asked: list[str | Path] = ["stability", "-m", folder, "-p", PROMPT, "-r", RESPONSE, "--seed", "3"]
+    result = good(*asked, "--json", out)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = stability(Tracer(model, tokenizer), [{"role": "user", "content": PROMPT}], RESPONSE, seed=3).to_dict()
+    found = json.loads(out.read_text())
+    assert {name: found[name] for name in expected} == expected
+    assert found["options"]["layers"] == "middle"
+    for word in ("1/1024", "early third", "half 4b", "paper", "finds nothing", "user", "overlap of top 40%"):
+        assert word in result.stdout
+    assert re.search(r"Two halves of heads agree by a mean rank correlation of \d\.\d{3}", result.stdout)
+    few = good(*asked, "--vary", "preset", "--top", "0.2").stdout
+    assert "overlap of top 20%" in few and "1/64" not in few
+    assert json.loads(good(*asked, "--vary", "preset", "--json", "-").stdout)["variants"][0]["name"] == "paper"
+    assert "no_answer: " in good("stability", "-m", folder, "-p", PROMPT, "-r", "I do not know").stdout
+
+
+def test_stability_of_a_file_sets_bad_lines_aside(folder: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.json"
+    ids = {"prompt_ids": [5, 6, 7], "response_ids": [8, 9]}
+    good_lines = [json.dumps(ROWS[0]), json.dumps(ROWS[1]), json.dumps(ids)]
+    source.write_bytes("\n".join(good_lines).encode() + b"\n" + BAD[0][0] + b"\n" + json.dumps(ROWS[2]).encode())
+    asked: list[str | Path] = ["stability", source, "-m", folder, "--vary", "edges,answer"]
+    result = invoke(*asked, "--json", out)
+    assert result.exit_code == 3, result.output
+    assert "line 4 set aside: not JSON" in result.stderr
+    assert "4 traces, 2 without an answer left out" in result.stdout
+    found = json.loads(out.read_text())
+    assert [trace["line"] for trace in found["traces"]] == [1, 2, 3, 5]
+    assert [bad["line"] for bad in found["set_aside"]] == [4]
+    row = next(row for row in found["summary"] if row["name"] == "1/64")
+    values = [variant["spearman"] for trace in found["traces"] for variant in trace["variants"][:1]]
+    assert row["n"] == 2
+    assert row["spearman"][0] == pytest.approx(sum(values) / 2)
+    result = good(*asked, "--lines", "1-2,5")
+    assert "3 traces, 1 without an answer" in result.stdout
+
+
+def test_stability_refuses(folder: Path, rows: Path) -> None:
+    asked: list[str | Path] = ["stability", "-m", folder]
+    usage: list[tuple[list[str | Path], str]] = [
+        ([], "give --prompt or --prompt-file, or IN"),
+        ([rows, "-p", PROMPT], "IN has prompts and responses"),
+        ([rows, "--vary", "colour"], "--vary colour: there are edges, layers"),
+        ([rows, "--halves", "0"], "--halves"),
+    ]
+    for arguments, hint in usage:
+        assert hint in " ".join(re.sub(r"[│╭╮╰╯─]", " ", refused(2, *asked, *arguments)).split())
+    assert "has no line 9" in refused(1, *asked, rows, "--lines", "9")
+    assert "there is no file" in refused(1, *asked, "nowhere.jsonl")
 
 
 # ------------------------------------------------------------------------- doctor

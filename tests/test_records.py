@@ -11,7 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from flowgraph.adapters import records
-from flowgraph.adapters.records import COLUMNS, Record, ScoreFile, errors_path, lines, parse, record_at
+from flowgraph.adapters.records import (
+    COLUMNS,
+    Record,
+    ScoreFile,
+    errors_path,
+    lines,
+    parse,
+    read_scores,
+    record_at,
+    with_labels,
+)
 
 MESSAGES = [{"role": "system", "content": ""}, {"role": "user", "content": "1+1?"}]
 ANSWERED = [*MESSAGES, {"role": "assistant", "content": "2"}]
@@ -172,3 +182,87 @@ def test_a_row_that_does_not_fit_the_columns_leaves_nothing(tmp_path: Path) -> N
     with pytest.raises(Exception, match=r"weights|convert|float"), ScoreFile(tmp_path / "out.parquet", {}) as out:
         out.add(row(1, weights=["x"]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_further_numbers_are_columns_and_nan_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "out.parquet"
+    with ScoreFile(path, {}, ["gini", "width"]) as out:
+        out.add(row(1, gini=0.25, width=float("nan")))
+        out.add(row(2, width=3.0))
+    table = pq.read_table(path)
+    assert table.schema.names == [*COLUMNS.names, "gini", "width"]
+    assert [str(table.schema.field(name).type) for name in ("gini", "width")] == ["double", "double"]
+    assert table["gini"].to_pylist() == [0.25, None]
+    assert table["width"].to_pylist() == [None, 3.0]
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    path = tmp_path / "scores.parquet"
+    with ScoreFile(path, {}, ["gini"]) as out:
+        for number, name in ((1, "a"), (2, None), (4, "c")):
+            out.add(row(number, id=name, gini=number / 8))
+    return path
+
+
+LABELS = [{"id": "a", "ok": True, "p": 7, "x": 1}, {"ok": False, "p": 7}, None, {"id": "c", "ok": True, "x": 0.5}]
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    path = tmp_path / "labels.jsonl"
+    path.write_text("\n".join("" if one is None else json.dumps(one) for one in LABELS))
+    return path
+
+
+def test_scores_are_read_without_their_lists(scores: Path, tmp_path: Path) -> None:
+    table = read_scores(scores)
+    assert table.column_names == ["line", "id", "prompt_tokens", "response_tokens", "answer", "gini"]
+    assert table["line"].to_pylist() == [1, 2, 4]
+    (tmp_path / "no.parquet").write_text("{}")
+    with pytest.raises(ValueError, match="is no Parquet file"):
+        read_scores(tmp_path / "no.parquet")
+    with pytest.raises(ValueError, match="there is no file"):
+        read_scores(tmp_path / "none.parquet")
+    with ScoreFile(tmp_path / "empty.parquet", {}):
+        pass
+    with pytest.raises(ValueError, match="has no rows"):
+        read_scores(tmp_path / "empty.parquet")
+
+
+def test_labels_are_joined_by_line(scores: Path, labels: Path) -> None:
+    table = with_labels(read_scores(scores), labels, ["ok", "p", "x"])
+    assert table["ok"].to_pylist() == [True, False, True]
+    assert table["p"].to_pylist() == [7, 7, None]
+    assert table["x"].to_pylist() == [1.0, None, 0.5]
+    assert table["gini"].to_pylist() == [0.125, 0.25, 0.5]
+
+
+def test_labels_are_joined_by_id(tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    with ScoreFile(path, {}) as out:
+        out.add(row(1, id="c"))
+        out.add(row(2, id="a"))
+    (tmp_path / "labels.jsonl").write_text("\n".join(json.dumps(one) for one in LABELS if one))
+    assert with_labels(read_scores(path), tmp_path / "labels.jsonl", ["x"], on="id")["x"].to_pylist() == [0.5, 1]
+    (tmp_path / "labels.jsonl").write_text(json.dumps(LABELS[0]) + "\n" + json.dumps(LABELS[0]))
+    with pytest.raises(ValueError, match=r"id 'a' stands in .* twice, the second time on line 2"):
+        with_labels(read_scores(path), tmp_path / "labels.jsonl", ["x"], on="id")
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "message"),
+    [
+        ("", "ok", "has no line 1, which the scores have"),
+        ('{"ok": 1}\n{"ok": 1}\n\n{"ok": 1, "id": "d"}', "ok", "has id None on line 1, the scores have 'a'"),
+        ('{"id": "a", "ok": 1}\n{"ok": "no"}\n\n{"id": "c"}', "ok", "got a number and text"),
+        ('{"id": "a", "ok": []}\n{"ok": []}\n\n{"id": "c"}', "ok", "got a list"),
+        ('{"id": "a"}\n{}\n\n{"id": "c"}', "ok", "got nothing but null"),
+        ('{"id": "a"}\n{"ok"', "ok", "line 2 of .* cannot be used"),
+        ("[]", "ok", "must hold one JSON object"),
+    ],
+)
+def test_labels_of_another_file_are_refused(scores: Path, labels: Path, text: str, field: str, message: str) -> None:
+    labels.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        with_labels(read_scores(scores), labels, [field])
