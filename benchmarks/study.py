@@ -72,12 +72,45 @@ def groups(table: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
     }
 
 
+def draw(results: dict[str, Any], path: Path) -> None:
+    """How well each number tells right from wrong, and what is left of it within problems."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    everyone = {one["measure"]: one for one in results["all"]["measures"] if one["auc"] is not None}
+    paired = {one["measure"]: one for one in results["within problems"]["measures"] if one["cohens_d"] is not None}
+    names = sorted(everyone.keys() & paired.keys(), key=lambda name: everyone[name]["auc"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.24 * len(names) + 1.2), sharey=True)
+    for place, name in enumerate(names):
+        colour = "#b5460f" if name in PLAIN else "#1d5c99"
+        left.plot(everyone[name]["auc"], place, "o", color=colour, markersize=5)
+        one = paired[name]
+        # The interval is that of the mean difference; in units of its standard deviation, as d is.
+        scale = one["cohens_d"] / one["difference"] if one["difference"] else 0.0
+        right.plot([one["low"] * scale, one["high"] * scale], [place, place], color=colour, linewidth=1.5)
+        filled = one["p_corrected"] is not None and one["p_corrected"] < 0.05
+        right.plot(one["cohens_d"], place, "o", color=colour, markersize=5, fillstyle="full" if filled else "none")
+    left.axvline(0.5, color="grey", linewidth=0.8)
+    right.axvline(0, color="grey", linewidth=0.8)
+    left.set_yticks(range(len(names)), names, fontsize=8)
+    left.set_xlabel("AUC, all solutions: below 0.5 wrong ones have more of it")
+    right.set_xlabel("right - wrong within problems, in standard deviations (filled: corrected p < 0.05)")
+    for axes in (left, right):
+        axes.grid(axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("--rows", type=Path, default=Path("out/study.jsonl"), help="written, or continued")
     parser.add_argument("--limit", type=int, help="solutions to take; default: all")
     parser.add_argument("--out", type=Path, default=RESULTS / "study-gsm8k.json")
+    parser.add_argument("--plot", type=Path, help="a picture of it")
     options = parser.parse_args()
     rows = rows_of(options.source, options.limit)
     trace_all(rows, options.rows)
@@ -90,6 +123,8 @@ def main() -> None:
     about = {"machine": machine(), "model": "SmolLM2-135M-Instruct", "solutions": len(table["correct"])}
     about |= {"right": int(table["correct"].sum()), "problems": len(set(table["problem"].tolist()))}
     options.out.write_text(json.dumps({"about": about, **results}, indent=1) + "\n")
+    if options.plot:
+        draw(results, options.plot)
     print(f"written to {options.out}")
 
 

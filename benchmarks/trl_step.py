@@ -157,15 +157,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of each response")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--pairs", type=int, default=3, help="of steps that count")
+    parser.add_argument("--steps-per-batch", type=int, nargs="+", default=[1, 2], help="which of the two cases to run")
     parser.add_argument("--out", type=Path, default=RESULTS / "trl_step.json")
     options = parser.parse_args()
-    results = [
-        measure(options.responses, options.tokens, options.layers, options.pairs, iterations) for iterations in (1, 2)
-    ]
     about = machine() | {"model": "SmolLM2-135M's shape, random weights, float32", "trl": trl.__version__}
     options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
-    for result in results:
+    results: list[dict[str, Any]] = []
+    for iterations in options.steps_per_batch:
+        result = measure(options.responses, options.tokens, options.layers, options.pairs, iterations)
+        results.append(result)
+        options.out.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
         print(f"credits: {result['credits']}, {result['credit_seconds']:.1f} s by themselves")
         for name, text in (("seconds", "whole steps"), ("without_generation", "without generation")):
             one = result[name]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowgraph import Tracer
+from flowgraph import Tracer, capture
 from flowgraph.rl import BASELINES, FlowConfig, Scored, Scorer
 from flowgraph.rl.baselines import NEED_HEADS, HeadGroups
 from tests.models import tiny
@@ -90,6 +90,27 @@ def test_the_same_call_gives_the_same_bits() -> None:
     scorer = Scorer(policy(), TOKENIZER, FlowConfig(answer=ANSWERS))
     one, two = scorer.credits(token_ids, masks), scorer.credits(token_ids, masks)
     assert all(torch.equal(a, b) for a, b in zip(one.scores, two.scores, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["edges", "exact"])
+def test_the_same_queries_and_keys_give_the_same_bits(mode: str) -> None:
+    """One pass over a batch; scored together, in another order, and row by row."""
+    token_ids, masks = rollouts()
+    batch, real = pad(token_ids, "right"), pad([torch.ones_like(one) for one in token_ids], "right").bool()
+    prompt = real & ~pad(masks, "right")
+    model = policy()
+    captured = capture(model, batch, real)
+    tracer = Tracer(model, TOKENIZER, answer=ANSWERS, mode=mode)
+
+    def scores(rows: list[int]) -> list[Tensor]:
+        some = captured.select(rows)
+        return [one.throughput for one in tracer.from_ids(batch[rows], real[rows], prompt[rows], captured=some)]
+
+    together = scores([0, 1, 2, 3])
+    backwards = scores([3, 2, 1, 0])[::-1]
+    alone = [scores([row])[0] for row in range(4)]
+    for one, other, third in zip(together, backwards, alone, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
 
 
 def test_it_is_the_tracer() -> None:
