@@ -179,13 +179,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
     their config.json says.
     """
     found = []
-    for place in {weights.parent for weights in folder.rglob("*.safetensors")}:
-        files = [one for one in place.iterdir() if one.suffix in (".safetensors", ".json") or one.name == _STABLE]
-        names = {one.name for one in files}
-        if _STABLE in names or ("config.json" in names and _is_language_model(place / "config.json")):
-            latest = max(one.stat().st_mtime for one in files)
-            if _STABLE in names or time.time() - latest >= SETTLED_SECONDS:
-                found.append((latest, place))
+    for place in [Path(root) for root, _, names in os.walk(folder) if any(n.endswith(".safetensors") for n in names)]:
+        try:
+            files = [one for one in place.iterdir() if one.suffix in (".safetensors", ".json") or one.name == _STABLE]
+            names = {one.name for one in files}
+            if _STABLE in names or ("config.json" in names and _is_language_model(place / "config.json")):
+                latest = max(one.stat().st_mtime for one in files)
+                if _STABLE in names or time.time() - latest >= SETTLED_SECONDS:
+                    found.append((latest, place))
+        except FileNotFoundError:  # the trainer deletes old checkpoints while this looks
+            continue
     return max(found)[1] if found else None
 
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from flowgraph.capture import Capture, evaluation_mode, recording, softmax_layers_of
 from flowgraph.credit import SCORES
+from flowgraph.rl.baselines import NEED_HEADS
 from flowgraph.rl.config import FlowConfig
 from flowgraph.rl.crediting import Crediting, Factors
 from flowgraph.rl.monitor import KEYS, entropy_overlap
@@ -102,6 +103,11 @@ class FlowMixin(_Base):
             raise ValueError(
                 "processing_class is the processor of a vision-language model, whose images credits do not trace. "
                 "For training on text alone, pass its tokenizer: processing_class=processor.tokenizer"
+            )
+        if self.flow.score in NEED_HEADS and self.flow.heads is None and self.accelerator.num_processes > 1:
+            raise ValueError(
+                f'score="{self.flow.score}" on {self.accelerator.num_processes} processes needs FlowConfig(heads=...), '
+                "from `flowgraph.rl.calibrate`: each process would find heads of its own"
             )
         self._refuse_what_is_sharded()
 
@@ -190,9 +196,14 @@ class FlowMixin(_Base):
         batch = self._samples(ids, real, completion.shape[1], trained)
         advantages = _by_sample(output["advantages"], completion, batch)
         scored = None
-        if taken is not None and taken.fits(batch):
+        fits = taken is not None and taken.fits(batch)
+        together = self._sharding() is not None and self.flow.scorer is None
+        if together:  # all of them or none: those that go on alone would wait for the others forever
+            here = torch.tensor([float(fits)], device=completion.device)
+            fits = bool(self.accelerator.gather(here).min() > 0)
+        if taken is not None and fits:
             scored = Scored(batch, taken.found, self.flow)
-        elif self._sharding() and self.flow.scorer is None:
+        elif together:
             moved = [bool(torch.as_tensor(one).ne(0).any()) for one in advantages]
             scored = Scored(batch, self._score_together(batch, moved), self.flow)
         factors = self._flow_crediting.factors(
@@ -492,7 +503,8 @@ def _merged(model: Any) -> dict[str, Tensor]:
                 )
             if name.endswith(".weight") and not layer.merged:
                 with torch.no_grad():
-                    value = value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+                    # Kept on the CPU, so that a device never holds more than one merged weight.
+                    value = (value + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)).cpu()
             weights[f"{owner}.{name.rpartition('.')[2]}"] = value
         elif "original_module." in name:
             continue

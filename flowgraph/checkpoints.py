@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from flowgraph.sparsify import check_weights
 PAIRS_WORK = 3e8
 """All cuts of two are searched for where nodes * (nodes + edges) of the backbone is at most this: some seconds."""
 _COLUMNS = 1024
+_NUMBERS = 2**25  # that one sweep of `removal` keeps, a few times over
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def checkpoints(
     *,
     rows: Rows | None = None,
     fine: tuple[Flow, Segments] | None = None,
+    absorb_at_prompt: bool | None = None,
     limit: int = 100,
 ) -> Checkpoints:
     """The minimal vertex cuts of a backbone with up to `max_cut` nodes, and what the whole graph loses without them.
@@ -96,6 +98,7 @@ def checkpoints(
             it, on all edges of the graph.
         fine: (flow over tokens, segments), where `flow` is the one contracted over the other: removal takes all
             tokens of a segment out of the token graph (or out of `rows`). Without it, nodes out of the coarse graph.
+        absorb_at_prompt: as in `removal`.
         limit: most cuts of one size; of more, those whose nodes have the most flow.
 
     Raises:
@@ -118,7 +121,7 @@ def checkpoints(
     whole, segments = (flow, None) if fine is None else fine
     if segments is not None and len(segments) != len(arrays.sinks):
         raise ValueError(f"fine holds {len(segments)} segments, the flow is over {len(arrays.sinks)} nodes")
-    without = removal(whole, groups, rows=rows, segments=segments)
+    without = removal(whole, groups, rows=rows, segments=segments, absorb_at_prompt=absorb_at_prompt)
     ends = [tuple(net.nodes[mask].tolist()) for mask in (net.starts, net.ends)]
     found = [
         Checkpoint(group, tuple(shares[list(group)].tolist()), through, lost, trivial=group in ends)
@@ -273,6 +276,7 @@ def removal(
     *,
     rows: Rows | None = None,
     segments: Segments | None = None,
+    absorb_at_prompt: bool | None = None,
 ) -> Removal:
     """The share of the answer's reach that is lost when tokens are taken out of the graph, set by set.
 
@@ -290,12 +294,18 @@ def removal(
             an `exact_flow` are a part of all. Those of a contracted flow are chances between segments, which forget
             what within a segment leads where: give the flow over tokens, and `segments`.
         segments: over the N tokens of `flow`; groups then hold segments.
+        absorb_at_prompt: how the flow was made; with `rows`. None: told by whether any of it enters a prompt token.
 
     Raises:
         ValueError: a batch, numbers out of range, rows or segments of another trace; or nothing arrives anyway.
     """
     arrays = FlowArrays.of(flow)
     N = len(arrays.sinks)
+    most = max(1, _NUMBERS // N)
+    if len(groups) > most:  # sweep by sweep, so that memory does not grow with the sets
+        how: dict[str, Any] = {"rows": rows, "segments": segments, "absorb_at_prompt": absorb_at_prompt}
+        parts = [removal(flow, groups[start : start + most], **how) for start in range(0, len(groups), most)]
+        return Removal(torch.cat([part.lost for part in parts]), torch.cat([part.flow for part in parts]))
     if segments is not None and segments.num_tokens != N:
         raise ValueError(f"segments are over {segments.num_tokens} tokens, the flow over {N}")
     if rows is not None and rows.num_tokens != N:
@@ -310,7 +320,7 @@ def removal(
     if not bool((flow.injection > 0).any()):
         raise ValueError("no source of the flow reaches the answer, so nothing can be lost: flow.injected is 0")
     if rows is not None:
-        return _removal_from_rows(flow, rows, removed)
+        return _removal_from_rows(flow, rows, removed, absorb_at_prompt)
     # h(q) without the set is h(q) times the chance that flow from q gets to a sink around it: no underflow.
     starts = arrays.injection > 0
     weight = torch.softmax(flow.log_reach.detach().cpu().double()[torch.from_numpy(starts)], dim=0).numpy()
@@ -339,16 +349,17 @@ def _arrived(arrays: FlowArrays, removed: np.ndarray) -> np.ndarray:
     return arrived
 
 
-def _removal_from_rows(flow: Flow, rows: Rows, removed: Tensor) -> Removal:
+def _removal_from_rows(flow: Flow, rows: Rows, removed: Tensor, absorb_at_prompt: bool | None) -> Removal:
     """One descending sweep, as in `flowgraph.exact`, with a column for each set; column 0 is without none."""
     graph, device = flow.graph, flow.flow.device
     removed = torch.cat([torch.zeros(len(removed), 1, dtype=torch.bool), removed], dim=1).to(device)
     sinks = graph.answer_mask
-    # Was the flow computed with absorb_at_prompt? Then none of it enters a prompt token, and none may here.
     inner = graph.prompt_mask & ~sinks
-    entered = flow.unlisted_inflow > 0
-    entered[graph.edge_index[1][flow.edge_flow > 0]] = True
-    closed = inner & ~(entered & inner).any()
+    if absorb_at_prompt is None:  # then none of the flow enters a prompt token
+        entered = flow.unlisted_inflow > 0
+        entered[graph.edge_index[1][flow.edge_flow > 0]] = True
+        absorb_at_prompt = not bool((entered & inner).any())
+    closed = inner & absorb_at_prompt
     reach = torch.zeros(removed.shape, dtype=torch.float64, device=device)
     arriving = torch.zeros_like(reach)
     for start, block in rows.blocks(last_first=True):

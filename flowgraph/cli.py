@@ -142,7 +142,8 @@ def trace_command(
     """
     record = _given(context.params)
     with terminal.hushed(verbose):
-        tracer, is_chat = options.load(context.params)
+        # The page, like that of report, has what is lost without a part, worked out on the whole attention.
+        tracer, is_chat = options.load({**context.params, "keep_attention": html is not None})
         begun = time.perf_counter()
         with terminal.status("Tracing", quiet):
             trace = _trace(tracer, record, is_chat)
@@ -833,7 +834,7 @@ def demo_command(
             terminal.say(f"{'Tracing' if item.response else 'Answering and tracing'}: {item.title}")
             messages = [{"role": "user", "content": item.question}]
             traces.append(tracer(messages, item.response) if item.response else _answer_and_trace(tracer, messages))
-            dicts.append(traces[-1].to_dict() | {"title": item.title})
+            dicts.append(traces[-1].report() | {"title": item.title})
         path = page.write(out / "demo.html", dicts, title="FlowGraph demo")
         (out / "demo.json").write_text(json.dumps(dicts, allow_nan=False) + "\n", encoding="utf-8")
     terminal.tell(f"{ITEMS[0].title}\n", style="bold")

@@ -47,13 +47,19 @@ def contract(flow: Flow, segments: Segments, rows: Rows | None = None, *, absorb
         between tokens of the same segment; `token_ids` are -1.
 
     Raises:
-        ValueError: a batch, segments over another number of tokens, or one that mixes sinks or prompt with others.
+        ValueError: a batch, segments over another number of tokens, or one that mixes sinks or prompt with others; rows
+            with a flow through a graph that dropped some of them.
     """
     graph = flow.graph
     if len(graph_ptr(graph)) != 2:
         raise ValueError(f"flow is over a batch of {len(flow)} graphs; contract them one by one: for one in flow")
     if segments.num_tokens != graph.num_nodes:
         raise ValueError(f"segments are over {segments.num_tokens} tokens, the flow over {graph.num_nodes}")
+    if rows is not None and flow.solver != "exact" and (graph.dropped > 1e-6).any():
+        raise ValueError(
+            f"rows are more than the flow came from: the graph has {graph.rule}, and its edges are all that flow took; "
+            "contract it without rows"
+        )
     device = flow.flow.device
     index, M = segments.index.to(device), len(segments)
     size = torch.bincount(index, minlength=M)

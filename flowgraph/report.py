@@ -32,7 +32,9 @@ def report(
     """`Trace.to_dict()` with segments, backbone, checkpoints and measures, for `flowgraph.page`.
 
     Args:
-        trace: a `Trace`. With `keep_attention=True` all of it is from the full attention.
+        trace: a `Trace`. With `keep_attention=True`, what is lost without a segment is worked out on the full
+            attention; without it on the edges that the graph lists, and in exact mode the `flow` of a segment then
+            counts what moves within it too, and may exceed 1 (see `flowgraph.contract`).
         by: how to divide it, as in `Trace.segments`, which needs text; or `Segments`; None: not at all.
         share: of the flow that backbones deliver.
         edges_per_token: strongest edges in and out of each token, and of each segment.
@@ -54,7 +56,8 @@ def report(
     coarse = trace.contract(segments)
     spans = segments.spans()
     rows = None if trace.captured is None else trace.rows()
-    without = removal(trace.flow, [[number] for number in range(len(spans))], rows=rows, segments=segments)
+    how: dict[str, Any] = {"rows": rows, "absorb_at_prompt": trace.options.absorb_at_prompt}
+    without = removal(trace.flow, [[number] for number in range(len(spans))], segments=segments, **how)
     found["segments"] = {
         "by": by if isinstance(by, str) else "segments",
         "start": [start for start, _ in spans],
@@ -70,7 +73,7 @@ def report(
     carried = trace.flow.edge_flow.cpu()[kept].tolist()
     edges = {"source": source, "target": target, "flow": carried}
     found["backbone"] = {"delivered": token_backbone.delivered, "edges": edges}
-    cuts = checkpoints(coarse, backbone(coarse, share), max_cut=1, rows=rows, fine=(trace.flow, segments))
+    cuts = checkpoints(coarse, backbone(coarse, share), max_cut=1, fine=(trace.flow, segments), **how)
     found["checkpoints"] = [
         {"start": spans[one.tokens[0]][0], "stop": spans[one.tokens[0]][1], "lost": one.lost}
         for one in cuts

@@ -114,15 +114,16 @@ def split(
         if last is not None and (found, roles[token]) != last:
             ptr.append(token)
         if last is None or here != last:
-            kinds.append("answer" if roles[token] == _SINK else begins[found][1] or _ROLES[roles[token]])
+            kinds.append("answer" if roles[token] >= _SINK else begins[found][1] or _ROLES[roles[token]])
         last = here
     ptr.append(len(pieces))
     names = [_short("".join(pieces[start:stop])) for start, stop in pairwise(ptr)]
     return Segments(torch.tensor(ptr), names, kinds)
 
 
-_ROLES = ("prompt", "response", "other", "answer")
+_ROLES = ("prompt", "response", "other")
 _SINK = 3
+"""Added to the role of a sink."""
 
 
 def _roles(size: int, prompt: Tensor | None, response: Tensor | None, sinks: Tensor | None) -> list[int]:
@@ -132,7 +133,8 @@ def _roles(size: int, prompt: Tensor | None, response: Tensor | None, sinks: Ten
     before = torch.zeros(size, dtype=torch.bool) if prompt is None else prompt.cpu()
     said = ~before if response is None else response.cpu()
     roles = torch.where(before, 0, torch.where(said, 1, 2))
-    return (roles if sinks is None else roles.masked_fill(sinks.cpu(), _SINK)).tolist()
+    # A sink keeps its role: where the answer is the first thing said, the last token of the prompt is a sink too.
+    return (roles if sinks is None else roles + _SINK * sinks.cpu()).tolist()
 
 
 def _short(text: str, most: int = 48) -> str:
@@ -163,11 +165,12 @@ def _begins_of(spans: Sequence[tuple[int, int]], size: int) -> list[Begin]:
 
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|cf|etc|vs|Mr|Mrs|Ms|Dr|Prof|St|No|Fig|Eq|approx)|(?:^|\n)\s*\w{1,3})$")
 _SENTENCE_END = re.compile(r"""[.!?]+["'”’)\]*_]*\s+|[。！？]+[”’）」』]*\s*|\n+""")  # noqa: RUF001
-_MARKER = re.compile(  # what opens a message in the chat templates of Qwen, Llama 3, Gemma, Phi, Mistral, Zephyr
+_MARKER = re.compile(  # of the chat templates of Qwen, Llama 3, Gemma, Phi, Mistral, Zephyr, gpt-oss, DeepSeek
     r"<\|im_start\|>\s*(?P<a>\w+)|<\|start_header_id\|>\s*(?P<b>\w+)|<start_of_turn>\s*(?P<c>\w+)"
     r"|<\|(?P<d>system|user|assistant|tool)\|>|\[(?P<e>INST)\]|\[/(?P<f>INST)\]"
+    r"|<\|start\|>(?P<g>\w+)|<\uff5c(?P<h>User|Assistant)\uff5c>"
 )
-_TURN = {"INST": "user", "/INST": "assistant", "model": "assistant", "ipython": "tool"}
+_TURN = {"INST": "user", "/INST": "assistant", "model": "assistant", "ipython": "tool", "functions": "tool"}
 _BLOCK = re.compile(
     r"<(?P<open>think|thinking|reasoning|tool_call|tool_response|tool_result|tool_output|answer)>.*?(?:</(?P=open)>\s*|\Z)"
     r"|(?:^|(?<=\n))```.*?(?:\n```[^\n]*(?:\n|\Z)|\Z)",

@@ -133,9 +133,10 @@ class Trace:
         return self.captured.rows(self.row, self.positions)
 
     def contract(self, by: str | Splitter | Segments = "sentences") -> Flow:
-        """The flow between segments; see `flowgraph.contract`. From the attention itself, if it was kept."""
+        """The flow between segments; see `flowgraph.contract`. In exact mode from the attention, if it was kept."""
         segments = by if isinstance(by, Segments) else self.segments(by)
-        rows = None if self.captured is None else self.rows()
+        # By edges the flow ran through the listed ones alone, which may be a part of the attention.
+        rows = None if self.captured is None or self.flow.solver != "exact" else self.rows()
         return contract(self.flow, segments, rows, absorb_at_prompt=self.options.absorb_at_prompt)
 
     def to_dict(self, edges_per_token: int = 5) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class FlowConfig(Options):
         max_batch_tokens: tokens, pads included, of one forward pass for credits. A longer response goes alone.
         seed: of the baseline "random".
         heads: local and global heads of the baselines that need them; None: calibrated once, on the longest responses
-            of the first call. Give them where runs have to compare.
+            of the first call of each scorer. Give them where runs have to compare, or several processes to agree.
         scorer: the model or `Scorer` that traces; None: the policy itself. Another one must have the same tokenizer.
             Only for trainers that hold their policy in the same process (TRL).
         refresh_steps: copy the policy's weights into `scorer` every so many steps; 0: never.

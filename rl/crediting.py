@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from flowgraph.options import Options
 from flowgraph.rl.config import FlowConfig
 from flowgraph.rl.monitor import Monitor
 from flowgraph.rl.samples import Jagged, Sample, samples_of
@@ -33,6 +35,9 @@ from flowgraph.rl.shaping import shape_advantages, warmed
 
 COUNTED = ("no_answer", "cut_off", "no_flow", "empty", "failed")
 """Flags whose share among the responses with an advantage is logged."""
+_AFTER_SCORING = ("rule", "top", "gain", "temperature", "keep_attention")
+_SCORING = (*(option.name for option in fields(Options) if option.name not in _AFTER_SCORING), "seed", "heads")
+"""Options that a score depends on: the scorer goes by its own."""
 
 
 class Factors(Sequence[Tensor]):
@@ -88,12 +93,23 @@ class Crediting:
 
     Args:
         scorer: a `Scorer`, or anything else with its `credits`.
-        config: default: the scorer's own.
+        config: default: the scorer's own. Another one may differ in what comes after the scores (`rule`, `gain`,
+            `signs`, `per`, ...).
+
+    Raises:
+        ValueError: a config that names other scores than those which the scorer gives.
     """
 
     def __init__(self, scorer: Credits, config: FlowConfig | None = None) -> None:
         self.scorer = scorer
         self.config = scorer.config if config is None else config
+        for name in _SCORING:
+            wanted, given = getattr(self.config, name), getattr(scorer.config, name)
+            if wanted != given:
+                raise ValueError(
+                    f"config has {name}={wanted!r}, but the scorer was made with {name}={given!r} and goes by that; "
+                    "give both the same"
+                )
         self.monitor = Monitor()
 
     def factors(
@@ -106,6 +122,7 @@ class Crediting:
         trained_mask: Jagged | None = None,
         truncated: Sequence[bool] | Tensor | None = None,
         rewards: Sequence[float] | Tensor | None = None,
+        entropy: Jagged | None = None,
         scored: Scored | None = None,
     ) -> Factors:
         """Factors of one step.
@@ -118,6 +135,7 @@ class Crediting:
             trained_mask: S masks [N_i], response tokens that have a loss; default: all of the response.
             truncated: [S] the response was cut off before its end.
             rewards: [S] for the log; default: the advantages.
+            entropy: S tensors [N_i], of the policy's prediction of each token, for "entropy_overlap" in the log.
             scored: credits of all S samples, if they were taken before; they are weighted anew.
 
         Raises:
@@ -131,6 +149,9 @@ class Crediting:
         signed = [_signs(number, *pair) for number, pair in enumerate(_pairs(advantages, trained))]
         if rewards is not None and len(rewards) != len(samples):
             raise ValueError(f"rewards must have one entry per sample, {len(samples)}, got {len(rewards)}")
+
+        if entropy is not None and [len(one) for one in entropy] != [len(one) for one in samples]:
+            raise ValueError(f"entropy must be {len(samples)} tensors [N_i], as long as token_ids each")
 
         blank = [n for n, one in enumerate(samples) if not trained[n].any() and _moves(advantages[n])]
         wanted = {"both": (-1, 1), "positive": (1,), "negative": (-1,)}[self.config.signs]
@@ -156,7 +177,7 @@ class Crediting:
         flags = [flag for one in found.flags for flag in set(one)] + ["empty"] * len(blank)
         counts = {"samples": len(samples), "scored": len(chosen) + len(blank)}
         counts |= {name: flags.count(name) for name in COUNTED}
-        means = self._monitor(samples, found, chosen, weights, masks, advantages, rewards)
+        means = self._monitor(samples, found, chosen, weights, masks, advantages, rewards, entropy)
         return Factors(factors, weights, masks, counts, means, time.perf_counter() - began, failed)
 
     def _scored(self, samples: list[Sample], known: list[SampleScore] | None) -> Scored:
@@ -171,6 +192,7 @@ class Crediting:
         masks: list[Tensor],
         advantages: Sequence[float | Tensor],
         rewards: Sequence[float] | Tensor | None,
+        entropy: Jagged | None,
     ) -> dict[str, float]:
         seen = [(place, n) for place, n in enumerate(chosen) if place not in found.failed]
         if not seen:
@@ -183,6 +205,7 @@ class Crediting:
             _padded([weights[n] for _, n in seen]),
             _padded([masks[n] for _, n in seen]),
             text=None if found.text[seen[0][0]] is None else text,
+            entropy=None if entropy is None else _padded([entropy[n].detach().cpu().float() for _, n in seen]),
             rewards=torch.tensor(whole),
             token_ids=_padded([samples[n].token_ids for _, n in seen]),
         )
@@ -199,7 +222,7 @@ def _tools(response_mask: Jagged, trained_mask: Jagged | None) -> list[Tensor] |
     if len(trained_mask) != len(response_mask):
         raise ValueError(f"trained_mask has {len(trained_mask)} rows, response_mask {len(response_mask)}")
     pairs = zip(response_mask, trained_mask, strict=True)
-    return [torch.as_tensor(said).bool() & ~torch.as_tensor(trained).bool() for said, trained in pairs]
+    return [torch.as_tensor(said).cpu().bool() & ~torch.as_tensor(trained).cpu().bool() for said, trained in pairs]
 
 
 def _pairs(advantages: Sequence[float | Tensor], trained: list[Tensor]) -> list[tuple[float | Tensor, Tensor]]:

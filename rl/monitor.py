@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -275,7 +276,8 @@ def _delimiters(text: Sequence[Sequence[str]], mask: Tensor) -> Tensor:
     """[B, T] bool, tokens of blanks and punctuation only."""
     if [len(row) for row in text] != [mask.shape[1]] * len(mask):
         raise ValueError(f"text must be {mask.shape[0]} lists of {mask.shape[1]} pieces, one per token of the mask")
-    found = [[_is_delimiter(piece) for piece in row] for row in text]
+    known = {piece: _is_delimiter(piece) for piece in set(chain.from_iterable(text))}  # few, in many tokens
+    found = [[known[piece] for piece in row] for row in text]
     return torch.tensor(found, dtype=torch.bool, device=mask.device).view(mask.shape)
 
 

@@ -88,7 +88,7 @@ class Scored(Sequence[Tensor]):
         return self._found[number]
 
     def to_layout(self, shape: tuple[int, int]) -> Tensor:
-        """Weights [B, T] in the padded or packed layout that came in; 1 at pads."""
+        """Weights [B, T] on the CPU, in the padded or packed layout that came in; 1 at pads."""
         out = torch.ones(shape)
         for sample, weights in zip(self._samples, self.weights, strict=True):
             out[sample.row, sample.positions] = weights

@@ -365,3 +365,24 @@ def test_carriers_refuse_what_is_no_edge() -> None:
     with pytest.raises(ValueError, match=r"edges must be \[2, K\]"):
         carriers(captured, 0, trace.positions, torch.tensor([1, 2]))
     assert carriers(captured, 0, trace.positions, torch.empty(2, 0, dtype=torch.int64)).shape == (0, 2, 4)
+
+
+def test_sets_are_taken_out_in_sweeps_of_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = random_graph(30)
+    flow, groups = trace_flow(graph, "reference"), [[token] for token in range(30)]
+    at_once = removal(flow, groups)
+    monkeypatch.setattr(module, "_NUMBERS", 7 * 30)
+    for some in (removal(flow, groups), removal(flow, groups, rows=DenseRows(dense(graph), 8))):
+        torch.testing.assert_close(some.lost, at_once.lost)
+        torch.testing.assert_close(some.flow, at_once.flow)
+
+
+def test_whether_the_prompt_absorbs_can_be_said() -> None:
+    """Nothing of a flow over few edges need enter the prompt, although it may."""
+    W = attention(20, seed=2)
+    masks: dict[str, Any] = {"prompt_mask": torch.arange(20) < 6, "answer_mask": mask_of(20, 18)}
+    few = TokenGraph.from_dense(W.masked_fill(torch.arange(20)[:, None] < 6, 0), **masks)
+    found = removal(trace_flow(few, "reference"), [[3]], rows=DenseRows(W), absorb_at_prompt=False)
+    assert float(found.lost) == pytest.approx(dense_removal(W, few, [3])[0])
+    told = removal(trace_flow(few, "reference"), [[3]], rows=DenseRows(W))
+    assert float(told.lost) != pytest.approx(float(found.lost))

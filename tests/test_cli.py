@@ -638,6 +638,17 @@ def test_report_of_a_prompt_and_response(folder: Path, tmp_path: Path) -> None:
     assert data_of(page)[0]["segments"]["by"] == "words"
 
 
+def test_the_page_of_trace_is_that_of_report(folder: Path, tmp_path: Path) -> None:
+    """Also where the graph lists only a part of what flows: both look at the whole attention."""
+    pages = [tmp_path / "trace.html", tmp_path / "report.html"]
+    how: list[str | Path] = ["-m", folder, "-p", PROMPT, "-r", RESPONSE, "--mode", "exact", "--edges", "top:1", "-q"]
+    good("trace", *how, "--html", pages[0])
+    good("report", pages[1], *how)
+    (one,), (other,) = map(data_of, pages)
+    assert one["segments"] == other["segments"]
+    assert one["checkpoints"] == other["checkpoints"]
+
+
 def test_report_refuses(folder: Path, rows: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     texts: list[str | Path] = ["-p", PROMPT, "-r", RESPONSE]

@@ -171,6 +171,18 @@ def test_a_trace_that_kept_its_attention() -> None:
         gone.rows()
 
 
+def test_a_sparse_trace_that_kept_its_attention_contracts_what_its_flow_took() -> None:
+    token_ids = torch.tensor([ids("?;", end=False) + marked(3, 2)])
+    options: dict[str, Any] = {"mode": "edges", "edges": TopK(2), "keep_attention": True, "answer": ANSWERS}
+    prompt = torch.arange(token_ids.shape[1])[None] < 2
+    (trace,) = Tracer(policy(), TOKENIZER, **options).from_ids(token_ids, prompt_mask=prompt)
+    segments = trace.segments("words")
+    assert torch.equal(trace.contract(segments).flow, contract(trace.flow, segments).flow)
+    assert float(trace.contract(segments).flow.max()) <= 1 + 1e-5
+    with pytest.raises(ValueError, match="contract it without rows"):
+        contract(trace.flow, segments, trace.rows())
+
+
 def test_bad_input() -> None:
     graph = random_graph(30)
     flow = trace_flow(graph)

@@ -42,6 +42,14 @@ def test_the_token_that_carries_all_flow_gets_the_gain_and_no_other(per_token: b
         assert torch.equal(factor, torch.where(is_mark(one), 3.0, 1.0))
 
 
+@pytest.mark.parametrize("change", [{"score": "random"}, {"answer": "boxed"}, {"layers": [1]}, {"seed": 1}])
+def test_a_config_with_scores_that_its_scorer_does_not_give_is_refused(change: dict[str, Any]) -> None:
+    scorer = Scorer(policy(), TOKENIZER, FlowConfig(answer=ANSWERS))
+    Crediting(scorer, FlowConfig(answer=ANSWERS, rule="rank", gain=2.0, signs="positive", per="batch"))
+    with pytest.raises(ValueError, match=f"config has {next(iter(change))}=.* the scorer was made with"):
+        Crediting(scorer, FlowConfig(**{"answer": ANSWERS, **change}))
+
+
 @pytest.mark.parametrize(("signs", "up", "down"), [("both", 3, 3), ("positive", 3, 1), ("negative", 1, 3)])
 def test_signs(signs: str, up: float, down: float) -> None:
     token_ids, masks = rollouts()
@@ -135,6 +143,15 @@ def test_the_log_of_a_step() -> None:
     assert stability and all(second[name] == pytest.approx(1) for name in stability if "base" not in name)
 
 
+def test_overlap_with_entropy() -> None:
+    token_ids, masks = rollouts()
+    high = [is_mark(one).float() for one in token_ids]
+    assert by_hand().factors(token_ids, masks, ADVANTAGES, entropy=high).metrics["flow/entropy_overlap"] == 1
+    low = [1 - one for one in high]
+    assert by_hand().factors(token_ids, masks, ADVANTAGES, entropy=low).metrics["flow/entropy_overlap"] == 0
+    assert "flow/entropy_overlap" not in by_hand().factors(token_ids, masks, ADVANTAGES).metrics
+
+
 def test_scores_taken_before_are_weighted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     crediting = by_hand()
     token_ids, masks = rollouts()
@@ -153,6 +170,7 @@ def test_scores_taken_before_are_weighted_anew(monkeypatch: pytest.MonkeyPatch) 
         ({"rewards": [1.0]}, "rewards must have one entry per sample, 4, got 1"),
         ({"trained_mask": [torch.ones(1)]}, "trained_mask has 1 rows, response_mask 4"),
         ({"step": -1}, "step is -1"),
+        ({"entropy": [torch.ones(1)] * 4}, r"entropy must be 4 tensors \[N_i\], as long as token_ids each"),
     ],
 )
 def test_wrong_input(changes: dict[str, Any], message: str) -> None:

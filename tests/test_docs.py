@@ -1,4 +1,4 @@
-"""Every Python block of docs/rl.md and of the README's section on RL runs, and does what its comments say."""
+"""Every Python block of docs/rl.md and of the README's sections on RL and on reading runs, and does what it says."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import flowgraph.rl as rl
+from flowgraph import Tracer
 from flowgraph.credit import PER, SCORES
 from flowgraph.rl.crediting import COUNTED
 from flowgraph.rl.monitor import KEYS
@@ -143,6 +144,16 @@ def test_the_section_on_rl_of_the_readme(names: dict[str, Any], tmp_path: Path) 
     moved = shaped != plain[:, None]
     assert moved.any(1).tolist() == [True, True, False] and not (moved & ~mask).any()
     assert torch.equal(shaped[moved], (1.5 * plain[:, None]).expand(shaped.shape)[moved])
+
+
+def test_the_section_on_reading_of_the_readme(
+    names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names |= {"Tracer": Tracer, "question": PROMPTS[0], "response": RESPONSES[0]}
+    run(blocks(section(README.read_text(), "Reading")), names, README)
+    assert (tmp_path / "page.html").stat().st_size > 1000
+    assert 0 < float(names["coarse"].absorbed) <= 1 + 1e-5 and names["coarse"].graph.num_nodes > 2
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,9 @@ def test_steps() -> None:
         ("<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHo", "ua"),
         ("[INST] Hi [/INST] Ho", "ua"),
         ("<|user|>\nHi<|assistant|>\nHo<|tool|>42", "uat"),
+        ("<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>Ho<|return|>", "ua"),
+        ("<|start|>assistant<|message|>Hi<|call|><|start|>functions.ls to=assistant<|message|>42<|end|>", "at"),
+        ("<\uff5cUser\uff5c>Hi<\uff5cAssistant\uff5c>Ho", "ua"),
         ("just text", "r"),
     ],
 )
@@ -108,6 +111,15 @@ def test_segments_never_mix_roles() -> None:
     assert found.kinds == ["prompt", "response", "other", "answer", "response"]
     assert found.names == ["Q?", "A b", "tool", "c 4", "2."]
     assert found.index.tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("by", ["steps", "turns", "sentences"])
+def test_sinks_on_both_sides_of_a_border_are_two_segments(by: str) -> None:
+    """An answer of two tokens that is said at once: the last token of the prompt predicts the first of them."""
+    prompt, sinks = torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([0, 1, 1, 0]).bool()
+    found = split(["6 * 7", " =", " 4", "2"], by, prompt_mask=prompt, sink_mask=sinks)
+    assert found.spans() == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert found.kinds == ["prompt", "answer", "answer", "response"]
 
 
 def test_a_splitter_of_ones_own() -> None:

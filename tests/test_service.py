@@ -119,6 +119,15 @@ def test_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == broadcast
 
 
+def test_a_checkpoint_that_is_being_deleted_is_passed_over(tmp_path: Path) -> None:
+    kept = Path(saved(policy(), tmp_path / "step_1", seconds_ago=100))
+    going = Path(saved(policy(), tmp_path / "step_2", seconds_ago=90))
+    assert newest_checkpoint(tmp_path) == going
+    (going / "tokenizer.json").unlink()
+    (going / "tokenizer.json").symlink_to(tmp_path / "gone")  # listed, and not there when it is looked at
+    assert newest_checkpoint(tmp_path) == kept
+
+
 @pytest.mark.parametrize("with_config", [True, False])
 def test_checkpoints_of_the_trainer_are_taken_over(with_config: bool, tmp_path: Path) -> None:
     start = saved(policy(), tmp_path / "start")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("trl", reason='needs TRL: pip install "flowgraph-llm[trl]"')
 
+from accelerate import Accelerator  # type: ignore[import-untyped]
 from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
@@ -656,6 +657,14 @@ def test_a_checked_loss_of_its_own_is_taken(tmp_path: Path) -> None:
             return super()._compute_loss(model, inputs)
 
     assert len(losses(trainer_of(tmp_path, kind=Checked))) == 2
+
+
+def test_heads_that_each_process_would_find_for_itself_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r'score="coupled" on 2 processes needs FlowConfig\(heads=...\)'):
+        trainer_of(tmp_path, FlowConfig(score="coupled"))
 
 
 def test_a_mixin_without_its_trainer_is_refused() -> None:
