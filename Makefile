@@ -1,7 +1,7 @@
 # Everything happens in .venv of this checkout; pip's own settings (PIP_INDEX_URL, ...) apply.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-verl lint types format bench wheel clean
+.PHONY: help setup demo test test-long test-gpu test-verl lint types format bench bench-trl wheel clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -67,6 +67,9 @@ format: setup  ## let ruff lay out and mend the code
 
 bench: setup  ## run the benchmarks
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.run
+
+bench-trl: setup  ## time steps of TRL with and without credits (half an hour)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.trl_step
 
 wheel: setup  ## build the wheel and the source archive into dist/
 	@$(BIN)/python -m build --outdir dist .
