@@ -767,10 +767,12 @@ def test_traces_stand_side_by_side_where_there_is_room(show: Opener) -> None:
     view.locator("#beside").click()
     assert view.locator(".view h2").all_inner_texts() == ["Apples 0"]
     view.locator("#beside").click()
+    number = "(n) => document.querySelectorAll('.view').length === n"
     view.set_viewport_size({"width": 800, "height": 900})
-    assert view.locator(".view").count() == 1 and view.locator("#beside").is_hidden()
+    view.wait_for_function(number, arg=1)  # the page hears of its new size a little later
+    assert view.locator("#beside").is_hidden()
     view.set_viewport_size({"width": 1300, "height": 900})
-    assert view.locator(".view").count() == 2
+    view.wait_for_function(number, arg=2)
 
 
 def test_the_table_lists_the_highest_credit_and_leads_to_the_token(show: Opener) -> None:
