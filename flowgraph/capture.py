@@ -112,6 +112,15 @@ class Capture:
     _batch: tuple[int, ...] | None = field(default=None, repr=False)
     """The rows of the batch that this is of; None: all."""
 
+    def __post_init__(self) -> None:
+        places = {str(kept.query.device): layer for layer, kept in zip(self.layers, self._kept, strict=True)}
+        if len(places) > 1:
+            where = ", ".join(f"layer {layer} on {place}" for place, layer in places.items())
+            raise ValueError(
+                f"the chosen layers lie on several devices ({where}), and their attention is averaged: choose layers "
+                "of one device, or trace with a copy of the model that is on one"
+            )
+
     @property
     def device(self) -> torch.device:
         """Where the queries and keys are, and with them all that is made from them."""

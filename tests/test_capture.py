@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -470,3 +471,11 @@ def test_what_recording_refuses() -> None:
         capture(model, input_ids)
     with pytest.raises(ValueError, match=r"layers \[99\] have no softmax attention"), recording(model, layers=[99]):
         pass
+
+
+def test_layers_on_several_devices_are_refused() -> None:
+    """A model that is spread over GPUs; the second device is one that any machine has."""
+    captured = capture(tiny("llama"), torch.arange(8)[None])
+    far = [replace(kept, query=kept.query.to("meta")) for kept in captured._kept]
+    with pytest.raises(ValueError, match=r"several devices \(layer 2 on cpu, layer 3 on meta\)"):
+        Capture("spread", [2, 3], [captured._kept[0], far[1]])
