@@ -62,7 +62,7 @@ def trace_all(rows: list[dict[str, Any]], out: Path) -> None:
 def groups(table: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
     """Right against wrong: all solutions, and within problems that have both."""
     right = table["correct"].astype(bool)
-    names = (*PLAIN, *MEASURES)
+    names = [name for name in (*PLAIN, *MEASURES) if name in table]
     sides = [{name: table[name][mask] for name in names} for mask in (right, ~right)]
     keys = [table["problem"][mask].tolist() for mask in (right, ~right)]
     how: dict[str, Any] = {"names": ("right", "wrong"), "seed": 0}

@@ -421,7 +421,9 @@ def score_command(
       effective_tokens, effective_share, entropy, gini, top_tenth,
       distance_mean, distance_relative, local_share,
       width_mean, width_min, width_min_place,
-      place_mean, quarter_1, quarter_2, quarter_3, quarter_4, near_answer,
+      width_quarter_1, width_quarter_2, width_quarter_3, width_quarter_4,
+      place_mean, quarter_1, quarter_2, quarter_3, quarter_4,
+      near_8, near_32, near_128, near_512,
       question_share, prompt_share, response_share, sink_share,
       digit_share, operator_share, delimiter_share, word_share,
       digit_lift, operator_lift, delimiter_lift, word_lift, unlisted_share

@@ -25,7 +25,7 @@ from flowgraph.graph import graph_batch, graph_ptr
 CLASSES = ("digit", "operator", "delimiter", "word")
 _OPERATORS = frozenset("+-*/%^=<>\N{MULTIPLICATION SIGN}\N{DIVISION SIGN}\N{MINUS SIGN}")
 _LOCAL = 10
-_NEAR = 32
+_NEAR = (8, 32, 128, 512)
 _CROSSES = 1e-3
 
 ABOUT = {
@@ -45,9 +45,10 @@ ABOUT = {
     f"mean over positions that at least {_CROSSES:g} of the flow crosses",
     "width_min": "the least of these widths",
     "width_min_place": "where that is: 0 the begin of R, 1 its end",
+    **{f"width_quarter_{q}": f"mean width in quarter {q} of R" for q in (1, 2, 3, 4)},
     "place_mean": "where the flow over R is, mean place: 0 the begin of R, 1 its end",
     **{f"quarter_{q}": f"share of the flow over R in its quarter {q}" for q in (1, 2, 3, 4)},
-    "near_answer": f"share of the flow over C within {_NEAR} tokens before the first sink",
+    **{f"near_{n}": f"share of the flow over C within {n} tokens before the first sink" for n in _NEAR},
     "question_share": "effective number of tokens of Q by reach, over |Q|: how much of the question was used",
     "prompt_share": "share of the sum of f in the prompt",
     "response_share": "share of the sum of f in R",
@@ -250,6 +251,9 @@ class _Graphs:
                 least = int(mine.argmin())
                 found["mean"][number], found["min"][number] = mine.mean(), mine[least]
                 found["min_place"][number] = place[tokens][cut[tokens]][least]
+        for q in range(4):
+            here = cut & ((place * 4).floor().clamp(0, 3) == q)
+            found[f"quarter_{q + 1}"] = self.sum(width.where(here, 0)) / self.sum(here)
         return {f"width_{name}": values for name, values in found.items()}
 
     def _place_in_response(self) -> Tensor:
@@ -268,9 +272,10 @@ class _Graphs:
         first = torch.full((self.B,), 2**62).scatter_reduce(
             0, self.batch, torch.where(self.answer, self.place, 2**62), "amin"
         )[self.batch]
-        near = (self.place < first) & (self.place >= first - _NEAR)
         credited = self.f * self.credit
-        found["near_answer"] = self.sum(credited * near) / self.sum(credited)
+        for n in _NEAR:
+            near = (self.place < first) & (self.place >= first - n)
+            found[f"near_{n}"] = self.sum(credited * near) / self.sum(credited)
         top = torch.full((self.B,), -torch.inf, dtype=torch.float64).scatter_reduce(
             0, self.batch, self.log_reach.where(self.question, -torch.inf), "amax"
         )

@@ -79,6 +79,9 @@ def plain(flow: Flow) -> dict[str, float]:
     if widths:
         out["width_mean"] = sum(widths.values()) / len(widths)
         out["width_min"] = min(widths.values())
+        for q in range(4):
+            if inside := [width for t, width in widths.items() if min(int(place[t] * 4), 3) == q]:
+                out[f"width_quarter_{q + 1}"] = sum(inside) / len(inside)
 
     held = sum(f[t] for t in response)
     if held > 0:
@@ -87,7 +90,9 @@ def plain(flow: Flow) -> dict[str, float]:
             out[f"quarter_{q + 1}"] = sum(f[t] for t in response if min(int(place[t] * 4), 3) == q) / held
     first = answer.index(True)
     if total > 0:
-        out["near_answer"] = sum(f[t] for t in range(N) if credit[t] and first - 32 <= t < first) / total
+        for near in (8, 32, 128, 512):
+            inside = [f[t] for t in range(N) if credit[t] and first - near <= t < first]
+            out[f"near_{near}"] = sum(inside) / total
     reach = [h for h, asked in zip(flow.reach.tolist(), graph.question_mask.tolist(), strict=True) if asked]
     out["question_share"] = sum(reach) ** 2 / sum(h * h for h in reach) / len(reach)
     out["prompt_share"] = sum(f[t] for t in range(N) if prompt[t]) / sum(f)
@@ -152,7 +157,7 @@ def test_exact_mode_measures_as_edges_do_where_it_can() -> None:
     masks: dict[str, Any] = {"prompt_mask": torch.arange(60) < 20, "answer_mask": mask_of(60, 58)}
     full = measures(trace_flow(TokenGraph.from_dense(W, **masks), "reference"))
     some = measures(exact_flow(DenseRows(W), edges=TopK(4), **masks))
-    for name in ("path_length_mean", "effective_tokens", "gini", "quarter_2", "near_answer", "question_share"):
+    for name in ("path_length_mean", "effective_tokens", "gini", "quarter_2", "near_8", "question_share"):
         torch.testing.assert_close(some[name], full[name], msg=name)
     assert some["unlisted_share"] > 0.1 and full["unlisted_share"] == 0
     assert math.isnan(some["path_length_p90"]) and math.isnan(some["direct_share"])
