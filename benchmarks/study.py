@@ -95,8 +95,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left.axvline(0.5, color="grey", linewidth=0.8)
     right.axvline(0, color="grey", linewidth=0.8)
     left.set_yticks(range(len(names)), names, fontsize=8)
-    left.set_xlabel("AUC, all solutions: below 0.5 wrong ones have more of it")
-    right.set_xlabel("right - wrong within problems, in standard deviations (filled: corrected p < 0.05)")
+    left.set_xlabel("all solutions: AUC (below 0.5: wrong ones have more)", fontsize=9)
+    right.set_xlabel("within problems: right - wrong, in standard deviations (filled: p < 0.05)", fontsize=9)
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
