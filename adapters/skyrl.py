@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from flowgraph.adapters.service import ServiceConfig, crediting
+from flowgraph.rl import shaping
 
 if TYPE_CHECKING:
     from skyrl.train.trainer import RayPPOTrainer as _Base
 else:
     _Base = object
 
-_WEIGHTS = ((1.0, 1.5, 1.0, 2.0), (3.0, 1.0, 1.0, 1.0))
 _TRUNCATED = "flow_truncated"
 
 
@@ -125,24 +125,18 @@ def follows_tokens(loss: Callable[..., tuple[Tensor, Any]], algorithm: Any) -> b
     Args:
         loss: a policy loss as SkyRL registers them. algorithm: `cfg.trainer.algorithm`.
     """
-    weights = torch.tensor(_WEIGHTS)
-    plain = torch.tensor([[0.5], [-2.0]]).expand(weights.shape)
 
-    def gradient(advantages: Tensor) -> Tensor:
-        """[2, 4] by the log-probabilities, at the policy that wrote the tokens: no ratio is clipped."""
-        logps = torch.full(weights.shape, -1.0, requires_grad=True)
-        value, _ = loss(
+    def value(logps: Tensor, advantages: Tensor) -> Tensor:
+        return loss(
             log_probs=logps,
             old_log_probs=logps.detach().clone(),
-            advantages=advantages.clone(),
+            advantages=advantages,
             config=algorithm,
-            loss_mask=torch.ones(weights.shape),
+            loss_mask=torch.ones(logps.shape),
             rollout_logprobs=logps.detach().clone(),
-        )
-        return torch.autograd.grad(value, logps)[0]
+        )[0]
 
-    by_row, by_token = gradient(plain), gradient(plain * weights)
-    return bool((by_row != 0).all()) and torch.allclose(by_token, by_row * weights, rtol=1e-3)
+    return shaping.follows_tokens(value)
 
 
 def refuse_images(data: Any) -> None:

@@ -31,7 +31,7 @@ from flowgraph.rl.config import FlowConfig
 from flowgraph.rl.crediting import Crediting, Factors
 from flowgraph.rl.monitor import KEYS, entropy_overlap
 from flowgraph.rl.samples import Sample, samples_of
-from flowgraph.rl.scorer import Credits, SampleScore, Scored, Scorer, chunks
+from flowgraph.rl.scorer import Credits, SampleScore, Scored, Scorer, chunks, isolated, trace_samples
 from flowgraph.tracer import Tracer
 
 try:
@@ -434,34 +434,18 @@ def _scores(tracer: Tracer, samples: list[Sample], places: list[Tensor], capture
     """Scores of the rows of one pass; a sample that can't be scored costs no other."""
     found = [SampleScore.blank(one, "empty") for one in samples]
     said = [row for row, one in enumerate(samples) if one.response_mask.any()]
-    groups = [said] if said else []
-    while groups:
-        rows = groups.pop()
-        some, where = [samples[row] for row in rows], [places[row] for row in rows]
 
-        def lay_out(values: list[Tensor], where: list[Tensor] = where) -> Tensor:
+    def score(chosen: list[int]) -> list[SampleScore]:
+        rows = [said[place] for place in chosen]
+        where = [places[row] for row in rows]
+
+        def lay_out(values: list[Tensor]) -> Tensor:
             return _laid_out(values, where, captured.shape[1])
 
-        try:
-            traces = tracer.from_ids(
-                lay_out([one.token_ids for one in some]),
-                lay_out([torch.ones(len(one), dtype=torch.bool) for one in some]),
-                lay_out([one.prompt_mask for one in some]),
-                response_mask=lay_out([one.response_mask | one.tool_mask for one in some]),
-                tool_mask=lay_out([one.tool_mask for one in some]),
-                truncated=[one.truncated for one in some],
-                captured=captured.select(rows),
-            )
-        except (ValueError, torch.OutOfMemoryError) as error:
-            if len(rows) > 1:
-                groups += [[row] for row in rows]
-            else:
-                found[rows[0]] = SampleScore.blank(some[0], "failed", str(error))
-            continue
-        for row, trace in zip(rows, traces, strict=True):
-            # Copies: a slice would keep all that was made of the pass alive.
-            scores, mask = trace.credit.scores.float().cpu().clone(), trace.graph.credit_mask.cpu().clone()
-            found[row] = SampleScore(scores, mask, trace.flags, trace.text)
+        return trace_samples(tracer, [samples[row] for row in rows], lay_out, captured.select(rows))
+
+    for row, one in zip(said, isolated([samples[row] for row in said], score), strict=True):
+        found[row] = one
     return found
 
 

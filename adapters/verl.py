@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_WEIGHTS = ((1.0, 1.5, 1.0, 2.0), (3.0, 1.0, 1.0, 1.0))
 _MEDIA = ("pixel", "image", "video", "audio", "input_features")
 
 
@@ -175,25 +174,21 @@ def follows_tokens(loss: Callable[..., tuple[Tensor, Any]], actor: Any) -> bool:
     Args:
         loss: a policy loss as verl registers them. actor: verl's ActorConfig.
     """
-    weights = torch.tensor(_WEIGHTS)
-    plain = torch.tensor([[0.5], [-2.0]]).expand(weights.shape)
 
-    def gradient(advantages: Tensor) -> Tensor:
-        """[2, 4] by the log-probabilities, at the policy that wrote the tokens: no ratio is clipped."""
-        logps = torch.full(weights.shape, -1.0, requires_grad=True)
-        value, _ = loss(
+    from flowgraph.rl import shaping
+
+    def value(logps: Tensor, advantages: Tensor) -> Tensor:
+        return loss(
             old_log_prob=logps.detach().clone(),
             log_prob=logps,
-            advantages=advantages.clone(),
-            response_mask=torch.ones(weights.shape, dtype=torch.bool),
+            advantages=advantages,
+            response_mask=torch.ones(logps.shape, dtype=torch.bool),
             loss_agg_mode=actor.loss_agg_mode,
             config=actor,
             rollout_is_weights=None,
-        )
-        return torch.autograd.grad(value, logps)[0]
+        )[0]
 
-    by_row, by_token = gradient(plain), gradient(plain * weights)
-    return bool((by_row != 0).all()) and torch.allclose(by_token, by_row * weights, rtol=1e-3)
+    return shaping.follows_tokens(value)
 
 
 def refuse_images(inputs: Any) -> None:

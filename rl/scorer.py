@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from flowgraph.capture import Capture
 from flowgraph.credit import weights_from_scores
 from flowgraph.rl.baselines import BASELINES, NEED_HEADS, Baseline, calibrate
 from flowgraph.rl.config import FlowConfig
@@ -182,7 +184,8 @@ class Scorer(Credits):
                 found[number] = SampleScore.blank(sample, "empty")
             elif not ((sample.token_ids >= 0) & (sample.token_ids < words)).all():
                 # Found out here: on a GPU it would end the process.
-                found[number] = _failed(sample, f"token_ids must be in 0..{words - 1}, the embeddings of the model")
+                why = f"token_ids must be in 0..{words - 1}, the embeddings of the model"
+                found[number] = SampleScore.blank(sample, "failed", why)
             elif (unread := self._without_answer(sample)) is not None:
                 found[number] = unread
             else:
@@ -190,7 +193,9 @@ class Scorer(Credits):
         self._calibrate([samples[number] for number in sound])
         for chunk in chunks([len(samples[number]) for number in sound], self.config.max_batch_tokens):
             numbers = [sound[place] for place in chunk]
-            found |= zip(numbers, self._score_or_isolate([samples[number] for number in numbers]), strict=True)
+            some = [samples[number] for number in numbers]
+            scores = isolated(some, partial(self._score_chunk, some))
+            found |= zip(numbers, scores, strict=True)
         return [found[number] for number in range(len(samples))]
 
     def refresh(self, weights: Mapping[str, Tensor] | nn.Module | str | Path) -> None:
@@ -242,36 +247,11 @@ class Scorer(Credits):
 
     # --- one chunk ----------------------------------------------------------------------------------------------------
 
-    def _score_or_isolate(self, samples: list[Sample]) -> list[SampleScore]:
-        """Score a chunk; if something in it can't be scored, each sample by itself."""
-        try:
-            return self._score_chunk(samples)
-        except (ValueError, torch.OutOfMemoryError) as error:
-            if len(samples) == 1:
-                return [_failed(samples[0], str(error))]
-        return [one for sample in samples for one in self._score_or_isolate([sample])]
-
-    def _score_chunk(self, samples: list[Sample]) -> list[SampleScore]:
+    def _score_chunk(self, chunk: list[Sample], places: list[int]) -> list[SampleScore]:
+        samples = [chunk[place] for place in places]
         if self._baseline is not None:
             return self._score_baseline(self._baseline, samples)
-        traces = self.tracer.from_ids(
-            _padded([one.token_ids for one in samples]),
-            _padded([torch.ones(len(one), dtype=torch.bool) for one in samples]),
-            _padded([one.prompt_mask for one in samples]),
-            response_mask=_padded([one.response_mask | one.tool_mask for one in samples]),
-            tool_mask=_padded([one.tool_mask for one in samples]),
-            truncated=[one.truncated for one in samples],
-        )
-        return [
-            SampleScore(
-                # Copies: a slice would keep the whole batch alive, and travel with it to other processes.
-                trace.credit.scores.float().cpu().clone(),
-                trace.graph.credit_mask.cpu().clone(),
-                trace.flags,
-                trace.text,
-            )
-            for trace in traces
-        ]
+        return trace_samples(self.tracer, samples)
 
     def _score_baseline(self, baseline: Baseline, samples: list[Sample]) -> list[SampleScore]:
         ids, real, spans = self._batch(samples)
@@ -302,6 +282,62 @@ class Scorer(Credits):
             no_answer=config.no_answer,
             tail_tokens=config.tail_tokens,
         )
+
+
+def _padded(values: list[Tensor]) -> Tensor:
+    """[B, T], pads (0 or False) on the right."""
+    return pad_sequence(values, batch_first=True)
+
+
+def isolated(samples: Sequence[Sample], score: Callable[[list[int]], list[SampleScore]]) -> list[SampleScore]:
+    """Score samples together; if something in them can't be scored, each by itself: it costs no other.
+
+    Args:
+        score: places in `samples` -> their scores. Raises ValueError, or runs out of memory, if it can't.
+    """
+
+    def attempt(places: list[int]) -> list[SampleScore]:
+        try:
+            return score(places)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            if len(places) == 1:
+                return [SampleScore.blank(samples[places[0]], "failed", str(error))]
+        return [one for place in places for one in attempt([place])]
+
+    return attempt(list(range(len(samples)))) if samples else []
+
+
+def trace_samples(
+    tracer: Tracer,
+    samples: Sequence[Sample],
+    lay_out: Callable[[list[Tensor]], Tensor] = _padded,
+    captured: Capture | None = None,
+) -> list[SampleScore]:
+    """Trace samples in one batch.
+
+    Args:
+        lay_out: B tensors [N_i] -> [B, T], zeros elsewhere; default: pads on the right.
+        captured: of a pass over the batch laid out like that; default: the tracer makes one.
+    """
+    traces = tracer.from_ids(
+        lay_out([one.token_ids for one in samples]),
+        lay_out([torch.ones(len(one), dtype=torch.bool) for one in samples]),
+        lay_out([one.prompt_mask for one in samples]),
+        response_mask=lay_out([one.response_mask | one.tool_mask for one in samples]),
+        tool_mask=lay_out([one.tool_mask for one in samples]),
+        truncated=[one.truncated for one in samples],
+        captured=captured,
+    )
+    return [
+        SampleScore(
+            # Copies: a slice would keep the whole batch alive, and travel with it to other processes.
+            trace.credit.scores.float().cpu().clone(),
+            trace.graph.credit_mask.cpu().clone(),
+            trace.flags,
+            trace.text,
+        )
+        for trace in traces
+    ]
 
 
 def chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
@@ -349,15 +385,6 @@ def warn_of(failed: Mapping[int, str], stacklevel: int = 2) -> None:
     """Say why samples have no credits. The same text is shown once (Python's default filter)."""
     for why in failed.values():
         warnings.warn(f"no credits for a response, its weights stay 1: {why}", stacklevel=stacklevel + 1)
-
-
-def _failed(sample: Sample, why: str) -> SampleScore:
-    return SampleScore.blank(sample, "failed", why)
-
-
-def _padded(values: list[Tensor]) -> Tensor:
-    """[B, T], pads (0 or False) on the right."""
-    return pad_sequence(values, batch_first=True)
 
 
 def _weights(scores: list[Tensor], masks: list[Tensor], config: FlowConfig) -> list[Tensor]:

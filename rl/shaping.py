@@ -13,6 +13,7 @@ the weights apply; arXiv 2510.13554, with the same recipe, finds both signs best
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -73,6 +74,24 @@ def shape_advantages(
     elif signs == "negative":
         weighted = mask & (advantages < 0)
     return torch.where(weighted, (weights * advantages).to(advantages.dtype), advantages)
+
+
+def follows_tokens(loss: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether weights on the advantages of tokens become weights on their gradients. The loss itself is asked.
+
+    Args:
+        loss: (log-probabilities [B, T], advantages [B, T]) -> a number; all tokens have a loss, at the policy that
+            wrote them, where no ratio is clipped.
+    """
+    weights = torch.tensor(((1.0, 1.5, 1.0, 2.0), (3.0, 1.0, 1.0, 1.0)))
+    plain = torch.tensor([[0.5], [-2.0]]).expand(weights.shape)
+
+    def gradient(advantages: Tensor) -> Tensor:
+        logps = torch.full(weights.shape, -1.0, requires_grad=True)
+        return torch.autograd.grad(loss(logps, advantages.clone()), logps)[0]
+
+    by_row, by_token = gradient(plain), gradient(plain * weights)
+    return bool((by_row != 0).all()) and torch.allclose(by_token, by_row * weights, rtol=1e-3)
 
 
 def schedule(step: int, warmup_steps: int = 0, anneal_after: int | None = None, anneal_steps: int = 0) -> float:

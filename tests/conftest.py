@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no test reaches for the hub
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from hypothesis import settings
 
 from flowgraph import smollm2 as smollm2_source
+from tests.written import TOKENIZER, policy, written_by_hand
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +37,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models this small only lose by threads, and on a busy machine a lot."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of the model written by hand and of a random one, for trainers that load theirs by name."""
+    folders = {}
+    for name, model in (("by_hand", written_by_hand()), ("random", policy())):
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        TOKENIZER.save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
 
 
 @pytest.fixture(scope="session")

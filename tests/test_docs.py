@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,13 @@ from tests.conftest import ROOT
 from tests.test_credit import RULES
 from tests.written import TOKENIZER, ids, policy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAGE = ROOT / "docs" / "rl.md"
 README = ROOT / "README.md"
 
 PROMPTS = ["12 + 30?", "What is 6 times 7?", "2+3?"]
 RESPONSES = ["10 and 30 is 40, and 2.\nA: 42", "6 * 7 = 42.\nA: 42", "I do not know."]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def blocks(markdown: str) -> list[str]:

@@ -29,7 +29,9 @@ from torch import Tensor
 from flowgraph.adapters import openrlhf as adapter
 from flowgraph.adapters.openrlhf import HOOK, TRAINER, FlowMixin
 from flowgraph.adapters.service import ENVIRONMENT
-from tests.written import TOKENIZER, ids, is_mark, marked, policy, written_by_hand
+from tests.written import TOKENIZER, ids, is_mark, marked
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GAIN = 3.0
 PROMPTS = ["?", ";;;;;;;", "?;?;", ";;;;;;;;;;;;"]
@@ -164,17 +166,6 @@ def openrlhf(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # --- a step as OpenRLHF makes it --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folders = {}
-    for name, model in (("by_hand", written_by_hand()), ("random", policy())):
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        TOKENIZER.save_pretrained(folder)
-        folders[name] = str(folder)
-    return folders
 
 
 @pytest.fixture
@@ -501,11 +492,3 @@ def test_the_hook_has_a_name_that_ray_can_import_without_torch() -> None:
     assert getattr(importlib.import_module(module), name) is adapter.install
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,7 +24,9 @@ from torch import Tensor
 
 from flowgraph.adapters.service import ENVIRONMENT, ServiceConfig
 from flowgraph.adapters.skyrl import FlowMixin, follows_tokens, main, refuse_silent_no_ops
-from tests.written import TOKENIZER, ids, is_mark, marked, policy, written_by_hand
+from tests.written import TOKENIZER, ids, is_mark, marked
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GAIN = 3.0
 PROMPTS = ["?", ";;;;;;;", "?;?;", ";;;;;;;;;;;;"]
@@ -145,17 +147,6 @@ def skyrl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sk
 
 
 # --- a step as SkyRL makes it -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folders = {}
-    for name, model in (("by_hand", written_by_hand()), ("random", policy())):
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        TOKENIZER.save_pretrained(folder)
-        folders[name] = str(folder)
-    return folders
 
 
 @pytest.fixture
@@ -417,11 +408,3 @@ def test_skyrl_finds_the_entry_point_and_it_builds_a_trainer_with_credits(
     train(cfg, config)
     assert isinstance(made[0], FlowMixin) and isinstance(made[0], skyrl.trainer)
     assert made[0].crediting.service == config
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

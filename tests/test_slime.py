@@ -11,7 +11,7 @@ import json
 import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +24,9 @@ from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
 from flowgraph.adapters import slime as adapter
 from flowgraph.adapters.service import ENVIRONMENT
-from tests.written import TOKENIZER, ids, is_mark, marked, policy, written_by_hand
+from tests.written import TOKENIZER, ids, is_mark, marked
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GAIN = 3.0
 PROMPTS = ["?", ";;;;;;;", "?;?;", ";;;;;;;;;;;;"]
@@ -171,17 +173,6 @@ def on_ranks(size: int, work: Callable[[int], Any]) -> list[Any]:
 
 
 # --- a step as slime makes it -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folders = {}
-    for name, model in (("by_hand", written_by_hand()), ("random", policy())):
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        TOKENIZER.save_pretrained(folder)
-        folders[name] = str(folder)
-    return folders
 
 
 @pytest.fixture
@@ -489,11 +480,3 @@ def test_images_are_refused() -> None:
 def test_without_slime_it_says_what_to_install() -> None:
     with pytest.raises(ImportError, match=r"github\.com/THUDM/slime"):
         adapter.put_credits_into(arguments(), 0, rollouts() | {"advantages": []})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
