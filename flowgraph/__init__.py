@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flowgraph.answers import find_answer
     from flowgraph.backbone import Backbone, Hub, Path, Paths, backbone, hubs, paths, width
     from flowgraph.capture import Capture, capture
+    from flowgraph.certificate import Certificate, Witnesses, certify
     from flowgraph.checkpoints import Checkpoint, Checkpoints, Removal, carriers, checkpoints, removal
     from flowgraph.coarse import contract
     from flowgraph.compare import compare
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
     from flowgraph.layers import AnswerReachability, FlowPropagation
     from flowgraph.measures import AddMeasures, measures
     from flowgraph.options import Options
+    from flowgraph.pools import Pools
     from flowgraph.report import report
-    from flowgraph.rows import AttentionRows, DenseRows
+    from flowgraph.rows import AttentionRows, DenseRows, KeptRows
     from flowgraph.segments import Segments, split
     from flowgraph.spans import locate
+    from flowgraph.sparse import sparse_graph
     from flowgraph.sparsify import Edges, Mass, Threshold, TopK, sparsify
     from flowgraph.stability import layer_agreement, stability
+    from flowgraph.stream import stream
     from flowgraph.trace import Trace, Traces
     from flowgraph.tracer import Tracer
 
@@ -41,6 +45,7 @@ _HOME = {
     "answers": ("find_answer",),
     "backbone": ("Backbone", "Hub", "Path", "Paths", "backbone", "hubs", "paths", "width"),
     "capture": ("Capture", "capture"),
+    "certificate": ("Certificate", "Witnesses", "certify"),
     "checkpoints": ("Checkpoint", "Checkpoints", "Removal", "carriers", "checkpoints", "removal"),
     "coarse": ("contract",),
     "compare": ("compare",),
@@ -51,10 +56,13 @@ _HOME = {
     "layers": ("AnswerReachability", "FlowPropagation"),
     "measures": ("AddMeasures", "measures"),
     "report": ("report",),
-    "rows": ("AttentionRows", "DenseRows"),
+    "pools": ("Pools",),
+    "rows": ("AttentionRows", "DenseRows", "KeptRows"),
     "segments": ("Segments", "split"),
+    "sparse": ("sparse_graph",),
     "sparsify": ("Edges", "Mass", "Threshold", "TopK", "sparsify"),
     "spans": ("locate",),
+    "stream": ("stream",),
     "stability": ("layer_agreement", "stability"),
     "options": ("Options",),
     "trace": ("Trace", "Traces"),
@@ -88,6 +96,7 @@ __all__ = [
     "AttentionRows",
     "Backbone",
     "Capture",
+    "Certificate",
     "Checkpoint",
     "Checkpoints",
     "Credit",
@@ -96,10 +105,12 @@ __all__ = [
     "Flow",
     "FlowPropagation",
     "Hub",
+    "KeptRows",
     "Mass",
     "Options",
     "Path",
     "Paths",
+    "Pools",
     "Removal",
     "Segments",
     "Threshold",
@@ -108,10 +119,12 @@ __all__ = [
     "Trace",
     "Tracer",
     "Traces",
+    "Witnesses",
     "__version__",
     "backbone",
     "capture",
     "carriers",
+    "certify",
     "checkpoints",
     "compare",
     "contract",
@@ -125,9 +138,11 @@ __all__ = [
     "paths",
     "removal",
     "report",
+    "sparse_graph",
     "sparsify",
     "split",
     "stability",
+    "stream",
     "trace_flow",
     "weights_from_scores",
     "width",

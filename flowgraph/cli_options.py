@@ -94,6 +94,28 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
 # ------------------------------------------------------------------------- options
 
 
+def _parse_chunk(text: Any) -> Any:
+    if text is None or isinstance(text, int) or text == "auto":
+        return text
+    if str(text) == "none":
+        return None
+    if not str(text).isdigit() or int(text) < 2:
+        raise typer.BadParameter(f"{text!r}: use auto, none or a number of tokens, at least 2")
+    return int(text)
+
+
+def _parse_bytes(text: Any) -> int | None:
+    """2GB, 1.5GiB, 800MB or a plain number of bytes."""
+    if text is None or isinstance(text, int):
+        return text
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?(?:([kmgt]?)(i?)b)?", str(text).strip().lower())
+    factor = (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ") if match else 0
+    number = int(float(match[1]) * factor) if match else 0
+    if number < 1:
+        raise typer.BadParameter(f"{text!r} is not an amount of memory like 2GB, 1.5GiB or 800MB")
+    return number
+
+
 def option(panel: str, name: str, help: str, metavar: str | None = None, **more: Any) -> Any:
     """A `typer.Option`; `name` may hold several, with blanks between: "--model -m"."""
     return typer.Option(*name.split(), help=help, metavar=metavar, rich_help_panel=panel, **more)
@@ -126,20 +148,23 @@ Lines = Annotated[Any, option(INPUT, "--lines", _LINES, "LINES", parser=_parse_l
 _LAYERS = "Layers whose attention counts: middle (third), all, or numbers like 10,11,12."
 _PRESET = "Where flow ends: at the tokens that predict the answer (flowgraph) or at its own (paper)."
 _MODE = (
-    "edges: attention becomes edges, and flow runs through these. exact: the flow of the whole attention, which is "
-    "streamed and never stored. auto: edges up to 2,048 tokens, or if --edges or --solver is given; else exact."
+    "edges: attention becomes edges, and flow runs through these. sparse: the same, and what becomes no edge is kept "
+    "at low resolution. exact: the flow of the whole attention, which is streamed twice and never stored. auto: edges "
+    "up to 2,048 tokens, or if --edges or --solver is given; else sparse (exact where attention is read again)."
 )
 _EDGES = (
     "Which attention weights become edges: all, those over a threshold like 1/1024, the top:32 or the mass:0.9 of "
-    "each token. auto is all up to 2,048 tokens, above that 1/1024. In mode exact the rule chooses by the flow that "
-    "an edge carries, only to list it, and auto is top:32."
+    "each token. auto is all up to 2,048 tokens, above that 1/1024, and 1/256 in mode sparse. In mode exact the rule "
+    "chooses by the flow that an edge carries, only to list it, and auto is top:32."
 )
+_WEIGHTS = "What an edge weighs: attention, or attention times the norm of what it moves (value_norm)."
 _FINDER = "How the answer is found: auto (the first that finds one), boxed, ####, A:, <answer>, answer is."
 _REGEX = "Find it with a regular expression: its group 1, if it has one."
 _QUESTION = "Where flow starts: at every token of the prompt (prompt), or of what the user wrote in it as chat (user)."
 Layers = Annotated[Any, option(METHOD, "--layers", _LAYERS, "WHICH", parser=_parse_layers)]
 Preset = Annotated[str, choice(METHOD, "--preset", ("flowgraph", "paper"), _PRESET)]
-Mode = Annotated[str, choice(METHOD, "--mode", ("auto", "edges", "exact"), _MODE)]
+Mode = Annotated[str, choice(METHOD, "--mode", ("auto", "edges", "sparse", "exact"), _MODE)]
+Weights = Annotated[str, choice(METHOD, "--weights", ("attention", "value_norm"), _WEIGHTS)]
 Edges = Annotated[Any, option(METHOD, "--edges", _EDGES, "RULE", parser=_parse_edges)]
 Answer = Annotated[str, choice(METHOD, "--answer", FINDERS, _FINDER)]
 AnswerRegex = Annotated[Any, option(METHOD, "--answer-regex", _REGEX, "REGEX", parser=_parse_pattern)]
@@ -161,6 +186,11 @@ NoAnswer = Annotated[str, choice(FINE, "--no-answer", ("uniform", "tail"), _NO_A
 TailTokens = Annotated[int, option(FINE, "--tail-tokens", "How many that are.", "N", min=1)]
 MaxTokens = Annotated[int | None, option(FINE, "--max-tokens", _MAX_TOKENS, "N", min=2)]
 Solver = Annotated[str, choice(FINE, "--solver", SOLVERS, _SOLVER)]
+_CHUNK = "Tokens per pass through the model, for memory; none: all at once; auto: 4096 in traces over 16,384 tokens."
+Chunk = Annotated[Any, option(FINE, "--chunk", _CHUNK, "N", parser=_parse_chunk)]
+Offload = Annotated[bool, option(FINE, "--offload", "Let queries and keys wait in CPU memory.")]
+_MEMORY = "Memory above the model that a trace may take, like 2GB: chunk, offload and mode auto are chosen to fit."
+Memory = Annotated[Any, option(FINE, "--memory", _MEMORY, "BYTES", parser=_parse_bytes)]
 AbsorbAtPrompt = Annotated[bool, option(FINE, "--absorb-at-prompt", _ABSORB)]
 Temperature = Annotated[float, option(FINE, "--temperature", _TEMPERATURE, "T")]
 
@@ -217,6 +247,32 @@ def load(given: Mapping[str, Any]) -> tuple[Tracer, bool]:
     return Tracer(model, tokenizer, **vars(options)), has_template if chat is None else chat
 
 
+def outline(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """A model without its weights, as `flowgraph.memory` needs it, and the device that it is meant for."""
+    _check_model(name)
+    place = _device(device)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(name).expanduser()
+    if name == "smollm2":
+        from flowgraph import smollm2
+
+        folder = smollm2.folder(say=say)
+    try:
+        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name, trust_remote_code=False)
+        if dtype == "auto":
+            stored = getattr(config, "dtype", None) or torch.float32
+            kind = torch.float32 if place.type == "cpu" else stored
+        else:
+            kind = getattr(torch, dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=False)
+    except Exception as error:
+        raise RuntimeError(f"--model {name} has no configuration that can be read: {reason(error)}") from error
+    return model, place
+
+
 def _check_model(name: str) -> None:
     """Refuse a folder that isn't one before anything slow begins."""
     folder = Path(name).expanduser()
@@ -257,8 +313,11 @@ def _model(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
         folder = Path(name).expanduser()
         place = str(folder) if folder.is_dir() else name
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place)
-            model = AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype == "stored" else dtype)
+            # False, and not left out: transformers would ask on standard input, which may be a trace, whether to run
+            # the code that comes with a model.
+            how = {"trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(place, **how)
+            model = AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype == "stored" else dtype, **how)
         except Exception as error:
             raise RuntimeError(f"--model {name} cannot be loaded: {reason(error)}") from error
     return model.eval().to(device), tokenizer

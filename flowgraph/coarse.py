@@ -12,7 +12,7 @@ Shapes: N tokens, E edges, M segments.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ _ALONE = {"answer_mask": ("sinks", "sink_mask"), "prompt_mask": ("prompt", "prom
 def contract(flow: Flow, segments: Segments, rows: Rows | None = None, *, absorb_at_prompt: bool = False) -> Flow:
     """The flow between the segments of one trace.
 
-    What `exact_flow` did not list stays a remainder: `unlisted_inflow` and `unlisted_outflow` of a segment are those of
-    its tokens, and `flow` counts them, also where they stay within the segment (nobody kept where they lead). With
-    `rows` there is no remainder: phi(i -> k) = f(i) W[k, i] h(k) / h(i) is read off the attention, in one more sweep.
+    What the graph does not list (`exact_flow`, pools) stays a remainder: `unlisted_inflow` and `unlisted_outflow` of a
+    segment are those of its tokens, and `flow` counts them, also where they stay within the segment (nobody kept where
+    they lead). With `rows` there is no remainder: phi(i -> k) = f(i) W[k, i] h(k) / h(i) is read off the attention, in
+    one more sweep.
 
     Args:
         flow: of one graph. segments: over its N tokens; none may mix sinks, or the prompt, with others.
@@ -69,7 +70,7 @@ def contract(flow: Flow, segments: Segments, rows: Rows | None = None, *, absorb
         out = torch.zeros(M, dtype=torch.float64, device=device)
         return out.index_add_(0, index, values.double()).to(values.dtype)
 
-    masks = {}
+    masks: dict[str, Any] = {}
     for name in ("prompt_mask", "question_mask", "answer_mask", "response_mask", "credit_mask"):
         count = total(graph[name].double())
         masks[name] = count > 0 if name in ("question_mask", "credit_mask") else count == size

@@ -18,6 +18,7 @@ Time is twice that of reading the rows once; memory is O(r * N) for blocks of r 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,20 +66,24 @@ def exact_flow(
     check_masks(masks, num_tokens=rows.num_tokens)
     # Rows that flow may not enter: what they attend to gets nothing back from them.
     closed = prompt_mask & ~answer_mask if absorb_at_prompt else torch.zeros_like(prompt_mask)
-    reach = _reach(rows, answer_mask, closed)
-    if ((reach > 0) & (reach < SMALLEST)).any() or not bool(torch.isfinite(reach).all()):
-        raise ValueError(
-            f"reach runs from {float(reach[reach > 0].min()):.0e} to {float(reach.max()):.0e}, beyond what exact "
-            "sweeps in float64 can hold; build a TokenGraph and call trace_flow, which keeps an exponent for each token"
-        )
+    reach = torch.zeros(rows.num_tokens, dtype=torch.float64, device=answer_mask.device)
+    for _ in descend(rows, answer_mask, closed, reach):
+        pass
+    check_reach(reach)
     start = (question_mask & (reach > 0)).double()
     injection = start / start.sum().clamp(min=1)
     return _forward(rows, reach, injection, answer_mask, closed, TopK(32) if edges is None else edges, roles | masks)
 
 
-def _reach(rows: Rows, sinks: Tensor, closed: Tensor) -> Tensor:
-    """[N] float64 reach, by the descending sweep."""
-    reach = torch.zeros(rows.num_tokens, dtype=torch.float64, device=sinks.device)
+def descend(rows: Rows, sinks: Tensor, closed: Tensor, reach: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The descending sweep: fills in reach, and passes on each block once reach of its rows is known.
+
+    Args:
+        sinks: [N] bool. closed: [N] bool, the tokens that flow may not enter. reach: [N] float64 zeros.
+
+    Yields:
+        The number of a block's first row; the block; the same in float64, with closed rows set to 0.
+    """
     arriving = torch.zeros_like(reach)
     for start, block in rows.blocks(last_first=True):
         check_weights(block, start)
@@ -91,7 +96,16 @@ def _reach(rows: Rows, sinks: Tensor, closed: Tensor) -> Tensor:
         here = torch.linalg.solve_triangular(system, here[:, None], upper=True, unitriangular=True)[:, 0]
         reach[start:stop] = here
         arriving[:start] += here @ weight[:, :start]
-    return reach
+        yield start, block, weight
+
+
+def check_reach(reach: Tensor) -> None:
+    """Raise a ValueError if reach has left the numbers that float64 holds exactly."""
+    if ((reach > 0) & (reach < SMALLEST)).any() or not bool(torch.isfinite(reach).all()):
+        raise ValueError(
+            f"reach runs from {float(reach[reach > 0].min()):.0e} to {float(reach.max()):.0e}, beyond what exact "
+            "sweeps in float64 can hold; build a TokenGraph and call trace_flow, which keeps an exponent for each token"
+        )
 
 
 def _forward(

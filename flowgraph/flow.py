@@ -5,15 +5,16 @@ Shapes: N tokens, E edges, B graphs of a batch; a single graph is a batch of one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
 from flowgraph.graph import TokenGraph, graph_batch, graph_ptr
-from flowgraph.solve import SOLVERS, System, choose_solver
+from flowgraph.pools import Pools, expand
+from flowgraph.solve import SOLVERS, Solution, System, choose_solver
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Relative error at which iterative solvers stop, by the dtype of the graph's weights."""
@@ -41,7 +42,8 @@ class Flow:
         injection: [N] what flows in from outside; sums to `injected` per graph.
         injected: [B] 1, or 0 where no source reaches the answer. absorbed: [B] what arrived at the sinks.
         unabsorbed: [B] their difference: rounding, or what `max_hops` has cut off.
-        unlisted_inflow, unlisted_outflow: [N] flow on edges that the graph does not list; 0 but for `exact_flow`.
+        unlisted_inflow, unlisted_outflow: [N] flow on edges that the graph does not list: through its pools, or known
+            from the sweeps of `exact_flow`; else 0.
         iterations: [B] hops of the iterative solver; 1 for the direct ones.
         solver: the algorithm that ran ("exact" for `exact_flow`). graph: the graph or batch itself.
     """
@@ -131,24 +133,30 @@ def trace_flow(
         raise ValueError(f"max_hops must be >= 0, got {max_hops}")
     graph.validate()
     weight, source, target = graph.edge_weight.detach(), graph.edge_index[0], graph.edge_index[1]
+    pools, batch, num_graphs = graph.pools, graph_batch(graph), len(graph_ptr(graph)) - 1
     if absorb_at_prompt:
-        weight = weight * ~(graph.prompt_mask & ~graph.answer_mask)[target]
-    batch = graph_batch(graph)
+        closed = graph.prompt_mask & ~graph.answer_mask
+        weight = weight * ~closed[target]
+        pools = replace(pools, weight=pools.weight * (pools.collects | ~closed[pools.index[0]]))
     system = System(
         edge_index=graph.edge_index,
         edge_weight=weight,
         sinks=graph.answer_mask,
         sources=graph.question_mask,
         batch=batch,
-        num_graphs=len(graph_ptr(graph)) - 1,
+        num_graphs=num_graphs,
         tol=TOLERANCE[weight.dtype] if tol is None else tol,
         max_hops=max_hops,
     )
     solver = choose_solver(solver, weight.device)
-    solution = SOLVERS[solver](system)
+    if pools.index.numel():
+        solution, unlisted_in, unlisted_out = _solve_with_pools(SOLVERS[solver], system, pools)
+    else:
+        solution = SOLVERS[solver](system)
+        unlisted_in = unlisted_out = torch.zeros_like(solution.flow)
 
     def per_graph(values: Tensor) -> Tensor:
-        total = torch.zeros(system.num_graphs, dtype=values.dtype, device=values.device)
+        total = torch.zeros(num_graphs, dtype=values.dtype, device=values.device)
         return total.scatter_add_(0, batch.to(values.device), values)
 
     flow, transition = solution.flow, solution.transition
@@ -169,9 +177,48 @@ def trace_flow(
         injected=out(injected),
         absorbed=out(absorbed),
         unabsorbed=out(injected - absorbed),
-        unlisted_inflow=out(torch.zeros_like(flow)),
-        unlisted_outflow=out(torch.zeros_like(flow)),
+        unlisted_inflow=out(unlisted_in),
+        unlisted_outflow=out(unlisted_out),
         iterations=solution.iterations.to(weight.device),
         solver=solver,
         graph=graph,
     )
+
+
+def _solve_with_pools(
+    solve: Callable[[System], Solution], system: System, pools: Pools
+) -> tuple[Solution, Tensor, Tensor]:
+    """The solution of tokens and edges, and what each token gets from pools and gives to them, [N] and [N]."""
+    N = len(system.sinks)
+    nodes = expand(system.edge_index, system.edge_weight, pools, N)
+    token, collects = pools.index[0], pools.collects
+    count = int(nodes.tokens[-1]) + 1  # no pool stands behind the last token
+
+    def over_nodes(values: Tensor) -> Tensor:
+        return values.new_zeros(count).index_copy_(0, nodes.tokens, values)
+
+    # A pool belongs to the graph of the token behind it, and the last node of each graph is a token.
+    behind = torch.searchsorted(nodes.tokens, torch.arange(count, device=token.device))
+    solution = solve(
+        replace(
+            system,
+            edge_index=nodes.edge_index,
+            edge_weight=nodes.edge_weight,
+            sinks=over_nodes(system.sinks),
+            sources=over_nodes(system.sources),
+            batch=system.batch[behind],
+        )
+    )
+    tokens, device = nodes.tokens.to(solution.flow.device), solution.flow.device
+    moved = (solution.flow[nodes.edge_index[0].to(device)] * solution.transition)[nodes.links.to(device)]
+    token, collects = token.to(device), collects.to(device)
+    arrives = moved.new_zeros(N).index_add_(0, token[~collects], moved[~collects])
+    leaves = moved.new_zeros(N).index_add_(0, token[collects], moved[collects])
+    of_tokens = Solution(
+        reach=solution.reach.at(tokens),
+        flow=solution.flow[tokens],
+        injection=solution.injection[tokens],
+        transition=solution.transition[nodes.edges.to(device)],
+        iterations=solution.iterations,
+    )
+    return of_tokens, arrives, leaves

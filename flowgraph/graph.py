@@ -1,7 +1,8 @@
 """TokenGraph: one reasoning trace as a sparse PyG graph in time order.
 
-Shapes: N tokens, E edges. An edge `i -> k` says that information runs from the earlier token `i` to the later
-token `k`, because `k` attends to `i`; its weight is that attention, `W[k, i]`. The diagonal of `W` is no edge.
+Shapes: N tokens, E edges, M pools, L links between tokens and pools. An edge `i -> k` says that information runs from
+the earlier token `i` to the later token `k`, because `k` attends to `i`; its weight is that attention, `W[k, i]`. The
+diagonal of `W` is no edge.
 
 A `TokenGraph` is an ordinary `torch_geometric.data.Data`: `Batch.from_data_list`, `DataLoader`, `.to(device)` and
 `batch[i]` work as for any PyG graph, and every function of FlowGraph takes one graph or a batch of them.
@@ -10,6 +11,7 @@ A `TokenGraph` is an ordinary `torch_geometric.data.Data`: `Batch.from_data_list
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
+from flowgraph.pools import Pools
+
 if TYPE_CHECKING:
     from flowgraph.sparsify import Edges
 
-FORMAT = "flowgraph/1"
+FORMAT = "flowgraph/2"
 """Name and version of the file format, in the metadata of every saved graph."""
 
 MASKS = ("prompt_mask", "question_mask", "answer_mask", "response_mask", "credit_mask")
 _NODE_TENSORS = (*MASKS, "token_ids", "self_weight", "dropped")
-_TENSORS = ("edge_index", "edge_weight", *_NODE_TENSORS)
+_POOL_TENSORS = ("pool_index", "pool_weight", "pool_collects", "pool_shape")
+_TENSORS = ("edge_index", "edge_weight", *_NODE_TENSORS, *_POOL_TENSORS)
 
 
 class TokenGraph(Data):
@@ -45,6 +50,9 @@ class TokenGraph(Data):
         token_ids: [N] int64, -1 where unknown.
         self_weight: [N], the diagonal of `W`, kept apart.
         dropped: [N], what the edges of each row (target) lost when the attention was made sparse.
+        pool_index, pool_weight, pool_collects, pool_shape: [2, L], [L], [L], [N] the pools, which carry at low
+            resolution what became no edge (flowgraph/pools.py); none in most graphs. Pools are no tokens: they count in
+            no N, E or mask.
         model, layers, rule: where the graph came from: model name, layer numbers, the rule that chose the edges.
     """
 
@@ -58,6 +66,10 @@ class TokenGraph(Data):
     token_ids: Tensor
     self_weight: Tensor
     dropped: Tensor
+    pool_index: Tensor
+    pool_weight: Tensor
+    pool_collects: Tensor
+    pool_shape: Tensor
     model: str
     layers: list[int]
     rule: str
@@ -76,6 +88,7 @@ class TokenGraph(Data):
         token_ids: Tensor | None = None,
         self_weight: Tensor | None = None,
         dropped: Tensor | None = None,
+        pools: Pools | None = None,
         model: str = "",
         layers: Sequence[int] = (),
         rule: str = "given edges",
@@ -90,35 +103,32 @@ class TokenGraph(Data):
             response_mask: [N] bool. Default: `~prompt_mask`.
             credit_mask: [N] bool. Default: the response without the sinks.
             token_ids: [N] int64. self_weight, dropped: [N]. Default: -1 and zeros.
+            pools: what carries the weight that became no edge; default: nothing does.
 
         Raises:
             ValueError: names the argument or the broken law (see `validate`), what came and what to do.
         """
         masks = {"prompt_mask": prompt_mask, "answer_mask": answer_mask}
         masks |= {"question_mask": prompt_mask if question_mask is None else question_mask}
-        check_masks(masks, num_tokens=len(prompt_mask))
+        num_tokens = prompt_mask.numel() if isinstance(prompt_mask, Tensor) else 0
+        check_masks(masks, num_tokens)
         response_mask = ~prompt_mask if response_mask is None else response_mask
         credit_mask = response_mask & ~answer_mask if credit_mask is None else credit_mask
-        check_masks({"response_mask": response_mask, "credit_mask": credit_mask}, num_tokens=len(prompt_mask))
-        if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.dtype != torch.int64:
+        check_masks({"response_mask": response_mask, "credit_mask": credit_mask}, num_tokens)
+        if not _is(edge_index, (2, -1), torch.int64):
             raise ValueError(
-                f"edge_index must be [2, E] int64, got {list(edge_index.shape)} {edge_index.dtype}; "
+                f"edge_index must be [2, E] int64, got {_came(edge_index)}; "
                 "row 0 holds the earlier tokens, row 1 the later ones"
             )
-        if edge_weight.shape != edge_index.shape[1:] or edge_weight.dtype not in (
-            torch.float32,
-            torch.float64,
-        ):
-            raise ValueError(
-                f"edge_weight must be [E] = [{edge_index.shape[1]}] float32 or float64, "
-                f"got {list(edge_weight.shape)} {edge_weight.dtype}"
-            )
-        num_tokens = len(prompt_mask)
+        num_edges = edge_index.shape[1]
+        if not _is(edge_weight, (num_edges,), *_FLOATS):
+            raise ValueError(f"edge_weight must be [E] = [{num_edges}] float32 or float64, got {_came(edge_weight)}")
         key = edge_index[1] * num_tokens + edge_index[0]
         if key.numel() > 1 and not bool((key[1:] > key[:-1]).all()):
             order = torch.argsort(key, stable=True)
             edge_index, edge_weight = edge_index[:, order], edge_weight[order]
         zeros = edge_weight.new_zeros(num_tokens)
+        pools = Pools.none(zeros) if pools is None else pools
         graph = cls(
             edge_index=edge_index.contiguous(),
             edge_weight=edge_weight,
@@ -130,6 +140,10 @@ class TokenGraph(Data):
             token_ids=edge_index.new_full((num_tokens,), -1) if token_ids is None else token_ids,
             self_weight=zeros if self_weight is None else self_weight,
             dropped=zeros.clone() if dropped is None else dropped,
+            pool_index=pools.index,
+            pool_weight=pools.weight,
+            pool_collects=pools.collects,
+            pool_shape=pools.shape,
             num_nodes=num_tokens,
             model=model,
             layers=[int(layer) for layer in layers],
@@ -165,8 +179,27 @@ class TokenGraph(Data):
         return cls.from_sparse(sparsify(DenseRows(W), Threshold(threshold)), **roles)
 
     def __inc__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> Any:
-        # Only edge_index counts tokens. PyG would go by the name and could catch an attribute that users add.
+        # Only these two count tokens. PyG would go by the name and could catch an attribute that users add.
+        if key == "pool_index":
+            return torch.tensor([[self.num_nodes], [self.num_pools]], device=self.pool_index.device)
         return self.num_nodes if key == "edge_index" else 0
+
+    @property
+    def num_pools(self) -> int:
+        """M, of the graph or of the whole batch."""
+        return int(self.pool_index[1].max()) + 1 if self.pool_index.numel() else 0
+
+    @property
+    def pools(self) -> Pools:
+        """The pools and their links."""
+        return Pools(self.pool_index, self.pool_weight, self.pool_collects, self.pool_shape)
+
+    @property
+    def modelled(self) -> Tensor:
+        """[N] how much of `dropped` the pools carry: what each token (target) pays to them."""
+        pays = ~self.pool_collects
+        paid = torch.zeros_like(self.dropped, dtype=self.pool_weight.dtype)
+        return paid.scatter_add_(0, self.pool_index[0][pays], self.pool_weight[pays]).to(self.dropped)
 
     def validate(self, raise_on_error: bool = True) -> bool:
         """Check every law of a token graph, for one graph or each graph of a batch.
@@ -211,12 +244,13 @@ class TokenGraph(Data):
                     raise ValueError(f"its format is not {FORMAT!r}; write it again with this version of FlowGraph")
                 if set(file.keys()) != set(_TENSORS):
                     raise ValueError(f"its tensors are {sorted(file.keys())} instead of {sorted(_TENSORS)}")
+                _check_about(about)
+                _check_header({name: file.get_slice(name) for name in _TENSORS})
                 graph = cls(**{name: file.get_tensor(name) for name in _TENSORS})
             graph.num_nodes = int(graph.prompt_mask.numel())
-            graph.model, graph.rule = str(about["model"]), str(about["rule"])
-            graph.layers = [int(layer) for layer in about["layers"]]
+            graph.model, graph.layers, graph.rule = about["model"], about["layers"], about["rule"]
             graph.validate()
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"cannot load a graph from {path}: {error}") from error
         return graph
 
@@ -237,8 +271,49 @@ def check_masks(masks: dict[str, Tensor], num_tokens: int) -> None:
     """Raise a ValueError that names the first mask which is no bool tensor [N]."""
     for name, mask in masks.items():
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (num_tokens,):
-            came = f"{list(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"{name} must be a bool tensor of shape [N] = [{num_tokens}], got {came}")
+            raise ValueError(f"{name} must be a bool tensor of shape [N] = [{num_tokens}], got {_came(mask)}")
+
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+def _is(value: Any, shape: tuple[int, ...], *kinds: torch.dtype) -> bool:
+    """Is it a tensor of one of these dtypes and of this shape? -1 is any size."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.ndim == len(shape)
+        and all(want in (-1, size) for want, size in zip(shape, value.shape, strict=True))
+        and value.dtype in kinds
+    )
+
+
+def _came(value: Any) -> str:
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_about(about: dict[str, Any]) -> None:
+    layers = about.get("layers")
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise ValueError(f"layers must be a list of layer numbers, got {reprlib.repr(layers)}")
+    for name in ("model", "rule"):
+        if not isinstance(about.get(name), str):
+            raise ValueError(f"{name} must be text, got {reprlib.repr(about.get(name))}")
+
+
+def _check_header(slices: dict[str, Any]) -> None:
+    """Shapes and dtypes by the header of a file, before a tensor of it is read."""
+    shapes = {name: list(one.get_shape()) for name, one in slices.items()}
+    tokens, edges, links = (shapes[name][:1] for name in ("prompt_mask", "edge_weight", "pool_weight"))
+    sizes = {"edge_index": [2, *edges], "edge_weight": edges, "pool_index": [2, *links]}
+    sizes |= {"pool_weight": links, "pool_collects": links}
+    for name, one in slices.items():
+        wanted = sizes.get(name, tokens)
+        whole = name in ("edge_index", "token_ids", "pool_index")
+        kinds = ("BOOL",) if name in (*MASKS, "pool_collects") else ("I64",) if whole else ("F32", "F64")
+        if shapes[name] != wanted or one.get_dtype() not in kinds:
+            came = f"{shapes[name]} {one.get_dtype()}"
+            raise ValueError(f"{name} must be {wanted} {' or '.join(kinds)} by the other tensors, got {came}")
 
 
 def _check_laws(graph: TokenGraph) -> None:
@@ -248,9 +323,10 @@ def _check_laws(graph: TokenGraph) -> None:
     num_tokens, (source, target) = int(graph.num_nodes), graph.edge_index
     weight, ptr, batch = graph.edge_weight, graph_ptr(graph), graph_batch(graph)
     check_masks({name: graph[name] for name in MASKS}, num_tokens)
-    for name in ("token_ids", "self_weight", "dropped"):
-        if graph[name].shape != (num_tokens,):
-            raise ValueError(f"{name} must have shape [N] = [{num_tokens}], got {list(graph[name].shape)}")
+    for name, kinds in (("token_ids", (torch.int64,)), ("self_weight", _FLOATS), ("dropped", _FLOATS)):
+        if not _is(graph[name], (num_tokens,), *kinds):
+            allowed = " or ".join(str(kind).removeprefix("torch.") for kind in kinds)
+            raise ValueError(f"{name} must have shape [N] = [{num_tokens}], got {_came(graph[name])}; as {allowed}")
 
     def first(bad: Tensor) -> int:
         return int(bad.nonzero()[0])
@@ -285,6 +361,7 @@ def _check_laws(graph: TokenGraph) -> None:
         raise ValueError(f"{edge(bad)} occurs twice; add up its weights first (torch_geometric.utils.coalesce)")
     if (bad := key[1:] < key[:-1]).any():
         raise ValueError(f"{edge(bad)} is followed by an earlier one; edges are sorted by target, then source")
+    _check_pools(graph, num_tokens, ptr, batch)
     for name in ("self_weight", "dropped"):
         if (bad := ~torch.isfinite(graph[name])).any():
             token = first(bad)
@@ -307,3 +384,35 @@ def _check_laws(graph: TokenGraph) -> None:
         if (bad := count == 0).any():
             what = "source: prompt_mask or question_mask is empty" if name == "question_mask" else "response token"
             raise ValueError(f"graph {first(bad)} has no {what}; flow needs both ends of a trace")
+
+
+def _check_pools(graph: TokenGraph, num_tokens: int, ptr: Tensor, batch: Tensor) -> None:
+    index, weight, collects = graph.pool_index, graph.pool_weight, graph.pool_collects
+    L = index.shape[-1]
+    shapes = [list(tensor.shape) for tensor in (index, weight, collects, graph.pool_shape)]
+    if shapes != [[2, L], [L], [L], [num_tokens]] or collects.dtype != torch.bool:
+        raise ValueError(
+            "pool_index, pool_weight, pool_collects and pool_shape must be [2, L] int64, [L], [L] bool and [N], got "
+            f"{', '.join(map(str, shapes))} with {collects.dtype}"
+        )
+    if L == 0:
+        return
+    token, pool = index
+    if (bad := (token < 0) | (token >= num_tokens) | (pool < 0) | (pool >= L)).any():
+        raise ValueError(f"pool link number {int(bad.nonzero()[0])} names a token or pool that does not exist")
+    if (bad := ~((weight > 0) & torch.isfinite(weight))).any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"pool link number {at} has weight {float(weight[at])}; weights must be finite and above 0")
+    count = int(pool.max()) + 1
+    last = token.new_full((count,), -1).scatter_reduce_(0, pool[collects], token[collects], "amax")
+    first = token.new_full((count,), num_tokens).scatter_reduce_(0, pool[~collects], token[~collects], "amin")
+    bad = (last < 0) | (first >= num_tokens) | (last >= first)
+    bad = bad | (batch[last.clamp(min=0)] != batch[first.clamp(max=num_tokens - 1)])
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"pool {at} must collect from earlier tokens of a graph and pay to later ones of the same graph; it "
+            f"collects up to token {int(last[at])} of the batch and pays from token {int(first[at])} on"
+        )
+    if (first[1:] < first[:-1]).any():
+        raise ValueError("pools must be numbered by the first token that they pay to")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from flowgraph.answers import Finder
 from flowgraph.capture import Layers
 from flowgraph.sparsify import EdgeRule
 
 LONG = 2048
-"""Traces of more tokens are traced in exact mode, unless the user says otherwise."""
+"""Traces of more tokens are traced in sparse mode, unless the user says otherwise."""
+
+VERY_LONG, CHUNK = 16384, 4096
+"""Traces of more than `VERY_LONG` tokens go through the model `CHUNK` at a time, unless the user says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,15 @@ class Options:
     Attributes:
         layers: "middle" (third of the softmax layers), "all", or layer numbers.
         preset: "flowgraph": the sinks are the positions that predict the answer; "paper": the answer tokens themselves.
-        mode: "edges": attention becomes the edges of a graph, and the flow runs through these. "exact": the flow of the
+        mode: "edges": attention becomes the edges of a graph, and the flow runs through these. "sparse": the same, and
+            what became no edge is kept at low resolution (flowgraph/sparse.py); read once. "exact": the flow of the
             whole attention, streamed twice and never stored; the graph lists the edges that carry most of it. "auto":
-            edges up to 2,048 tokens (all of them: nothing is lost) or if `edges` or `solver` is given, else exact.
+            edges up to 2,048 tokens (all of them: nothing is lost) or if `edges` or `solver` is given; above that
+            sparse, or exact with `keep_attention`, since what is then read anew is all of the attention.
         edges: the rule that chooses edges, by attention; in exact mode by the share of the flow that they carry. None:
-            all edges up to 2,048 tokens, above that those over 1/1024; in exact mode the top 32 into each token.
+            all edges up to 2,048 tokens, above that those over 1/1024; in sparse mode those over 1/256; in exact mode
+            the top 32 into each token.
+        weights: "attention", or "value_norm": attention times the norm of what it moves (docs/method.md, section 7).
         answer: how to find the answer: "auto", "boxed", "####", "A:", "<answer>", "answer is", a compiled regular
             expression (its group 1, if it has one), or a function from the response to a (start, stop) in it.
         question: "prompt": flow starts at every prompt token; "user": only at what the user wrote (chat messages).
@@ -32,6 +39,13 @@ class Options:
         solver, absorb_at_prompt: as in `trace_flow`. score, rule, top, gain, temperature: as in `credit`.
         keep_attention: keep the queries and keys of every trace with it, for `Trace.rows` and what reads attention anew
             (checkpoints, heads of an edge, exact contraction of long traces). O(N) memory per layer and head.
+        chunk: tokens per pass through the model, for memory: activations are those of a chunk, and in sparse mode the
+            queries of a chunk are dropped once it is read. None: all in one pass. "auto": 4,096 in traces of more than
+            16,384 tokens (not in packed rows).
+        offload: let queries and keys wait in CPU memory.
+        memory: bytes above the model that a batch of traces may take. `flowgraph.memory` predicts the peak before
+            anything runs and chooses chunk, offload and (in mode "auto") sparse mode to stay below it; where nothing
+            does, a ValueError says what to change. None: nobody checks.
         max_tokens: longest trace; None takes the model's own window, `config.max_position_embeddings`.
     """
 
@@ -39,6 +53,7 @@ class Options:
     preset: str = "flowgraph"
     mode: str = "auto"
     edges: EdgeRule | None = None
+    weights: str = "attention"
     answer: Finder = "auto"
     question: str = "prompt"
     no_answer: str = "uniform"
@@ -50,14 +65,23 @@ class Options:
     top: float = 0.4
     gain: float = 1.5
     temperature: float = 1.0
+    chunk: int | Literal["auto"] | None = "auto"
+    offload: bool = False
+    memory: int | None = None
     max_tokens: int | None = None
     keep_attention: bool = False
 
     def __post_init__(self) -> None:
         if self.question not in ("prompt", "user"):
             raise ValueError(f'question must be "prompt" or "user", got {self.question!r}')
-        if self.mode not in ("auto", "edges", "exact"):
-            raise ValueError(f'mode must be "auto", "edges" or "exact", got {self.mode!r}')
+        if self.mode not in ("auto", "edges", "sparse", "exact"):
+            raise ValueError(f'mode must be "auto", "edges", "sparse" or "exact", got {self.mode!r}')
+        if self.weights not in ("attention", "value_norm"):
+            raise ValueError(f'weights must be "attention" or "value_norm", got {self.weights!r}')
+        if self.chunk not in ("auto", None) and (not isinstance(self.chunk, int) or self.chunk < 2):
+            raise ValueError(f'chunk must be "auto", None or a number of tokens >= 2, got {self.chunk!r}')
+        if self.memory is not None and (not isinstance(self.memory, int) or self.memory < 1):
+            raise ValueError(f"memory must be None or a number of bytes, got {self.memory!r}")
         if self.mode == "exact" and self.solver != "auto":
             raise ValueError(
                 f'mode="exact" has a solver of its own, got solver={self.solver!r}; use mode="edges" for it'
@@ -65,11 +89,19 @@ class Options:
         if self.edges is not None and not hasattr(self.edges, "keep"):
             raise ValueError(f"edges must be Threshold, TopK, Mass or another rule with keep(), got {self.edges!r}")
 
-    def exact(self, num_tokens: int) -> bool:
-        """Is a trace of this length to be traced in exact mode?"""
-        if self.mode == "auto":
-            return num_tokens > LONG and self.edges is None and self.solver == "auto"
-        return self.mode == "exact"
+    def mode_of(self, num_tokens: int) -> str:
+        """ "edges", "sparse" or "exact": how a trace of this length is to be traced."""
+        if self.mode != "auto":
+            return self.mode
+        if num_tokens <= LONG or self.edges is not None or self.solver != "auto":
+            return "edges"
+        return "exact" if self.keep_attention else "sparse"
+
+    def chunk_of(self, num_tokens: int) -> int | None:
+        """Tokens per pass for a trace of this length; None: all."""
+        if self.chunk != "auto":
+            return self.chunk
+        return CHUNK if num_tokens > VERY_LONG else None
 
     def to_dict(self) -> dict[str, Any]:
         """As text and numbers, for files."""

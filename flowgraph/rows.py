@@ -7,6 +7,8 @@ run from 0 to the last row of the block, since nothing attends to the future.
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -14,8 +16,19 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 48 * 2**20
-"""Budget for the scores [H, r, N] of one layer and one block; it sets the number of rows per block."""
+BLOCK_BYTES = 8 * 2**20
+"""Budget for a block [r, N] of rows."""
+
+TILE_BYTES = {"cpu": 4 * 2**20, "other": 128 * 2**20}
+"""Budget for the scores [H, r, n] of a tile: in the cache of a CPU; other devices want fewer and larger tiles."""
+
+TILE_ROWS, TILE_COLUMNS = 128, 64
+"""Most rows and fewest columns of a tile: enough for a matrix product; and with few rows, little of it is future."""
+
+KEPT_BYTES = 64 * 2**20
+"""Budget for the blocks that `KeptRows` holds: all blocks of a trace of 5,700 tokens."""
+
+_LOG2_E = math.log2(math.e)  # scores are kept in powers of 2: on a CPU, 2**x takes a third of the time of e**x
 
 
 class RowBlock(NamedTuple):
@@ -36,12 +49,22 @@ class Rows(Protocol):
         ...
 
 
-def _bounds(num_tokens: int, size: int, last_first: bool) -> Iterator[tuple[int, int]]:
-    starts = range(0, num_tokens, size)
-    return ((start, min(start + size, num_tokens)) for start in (reversed(starts) if last_first else starts))
+class BlockedRows(ABC):
+    """Rows of which each block can be had by itself."""
+
+    num_tokens: int
+    starts: range
+    """The first row of every block."""
+
+    @abstractmethod
+    def block(self, start: int) -> RowBlock:
+        """The block that begins at row `start`, one of `starts`. Not to be written into: it may be read again."""
+
+    def blocks(self, last_first: bool = False) -> Iterator[RowBlock]:
+        return map(self.block, reversed(self.starts) if last_first else self.starts)
 
 
-class DenseRows:
+class DenseRows(BlockedRows):
     """The rows of a dense matrix: for tests, for small traces and for attention from elsewhere.
 
     Args:
@@ -52,20 +75,46 @@ class DenseRows:
         if W.ndim != 2 or W.shape[0] != W.shape[1] or not W.is_floating_point():
             raise ValueError(f"W must be a float matrix [N, N], got {list(W.shape)} {W.dtype}")
         self.W = W if W.dtype in (torch.float32, torch.float64) else W.float()
-        self.num_tokens, self._block = len(W), block
+        self.num_tokens, self.starts = len(W), range(0, len(W), block)
 
-    def blocks(self, last_first: bool = False) -> Iterator[RowBlock]:
-        for start, stop in _bounds(self.num_tokens, self._block, last_first):
-            rows = self.W[start:stop]
-            # Not `!= 0` on the part above the diagonal: NaN must be named as such by the weights' own check.
-            ahead = torch.triu(rows, diagonal=start + 1)
-            if ahead.any():
-                row, column = (int(x) for x in ahead.nonzero()[0])
-                raise ValueError(
-                    f"W[{row + start}, {column}] = {float(rows[row, column]):g} runs against time: token {row + start} "
-                    f"cannot attend to the later token {column}; pass W with row = later token (W.T?)"
-                )
-            yield RowBlock(start, rows[:, :stop])
+    def block(self, start: int) -> RowBlock:
+        rows = self.W[start : start + self.starts.step]
+        # Not `!= 0` on the part above the diagonal: NaN must be named as such by the weights' own check.
+        ahead = torch.triu(rows, diagonal=start + 1)
+        if ahead.any():
+            row, column = (int(x) for x in ahead.nonzero()[0])
+            raise ValueError(
+                f"W[{row + start}, {column}] = {float(rows[row, column]):g} runs against time: token {row + start} "
+                f"cannot attend to the later token {column}; pass W with row = later token (W.T?)"
+            )
+        return RowBlock(start, rows[:, : start + len(rows)])
+
+
+class KeptRows(BlockedRows):
+    """Rows that hold on to their blocks while these fit into a budget, so that reading again costs little.
+
+    What fits is kept in the order of the first reading and nothing is dropped for something else: a block takes as
+    long to compute as it is large, so it makes no difference which ones are kept.
+
+    Args:
+        rows: what to read; its blocks are handed on as they are.
+        budget_bytes: for all blocks that are kept.
+    """
+
+    def __init__(self, rows: BlockedRows, budget_bytes: int = KEPT_BYTES) -> None:
+        self.num_tokens, self.starts = rows.num_tokens, rows.starts
+        self._rows, self._room = rows, budget_bytes
+        self._kept: dict[int, RowBlock] = {}
+
+    def block(self, start: int) -> RowBlock:
+        if start in self._kept:
+            return self._kept[start]
+        block = self._rows.block(start)
+        size = block.weight.numel() * block.weight.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._kept[start] = block
+        return block
 
 
 MaskTile = Callable[[Tensor, Tensor], Tensor]
@@ -77,10 +126,13 @@ class LayerQK:
     """Queries and keys of one layer for one trace, after rotary embedding, pads removed.
 
     Attributes:
-        query: [H, N, D]; key: [K, N, D], K divides H.
+        query: [H, N, D]; key: [K, N, D], K divides H. Fewer queries than keys belong to the last tokens.
         scaling: factor on q k^T. softcap: `c * tanh(x / c)` on the scores, or None (Gemma 2).
         sink_logits: [H] logits that take part in the softmax without being a token (gpt-oss), or None.
         visible: which key a query may see, or None for plain causal attention.
+        log_sum: [H, N] float32 log-sum-exp of each row's scores (scaled, soft-capped, masked), sink logit included,
+            as the model's own attention call gave it. None: worked out here.
+        value_norm: [H, N] float32 `||W_O^h v_i||` of each query head, for `weights="value_norm"`; None: not captured.
     """
 
     query: Tensor
@@ -89,6 +141,8 @@ class LayerQK:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     visible: MaskTile | None = None
+    log_sum: Tensor | None = None
+    value_norm: Tensor | None = None
 
     def only(self, heads: Sequence[int]) -> LayerQK:
         """The layer with some of its query heads, each with a key head of its own."""
@@ -96,52 +150,77 @@ class LayerQK:
         if not heads or not all(0 <= head < H for head in heads) or len(set(heads)) < len(heads):
             raise ValueError(f"heads must be different numbers in 0..{H - 1}, at least one, got {list(heads)}")
         chosen = torch.tensor(list(heads), device=self.query.device)
-        sink_logits = None if self.sink_logits is None else self.sink_logits[chosen]
-        return replace(self, query=self.query[chosen], key=self.key[chosen // (H // K)], sink_logits=sink_logits)
+        per_head = {name: getattr(self, name) for name in ("query", "sink_logits", "log_sum", "value_norm")}
+        per_head = {name: None if value is None else value[chosen] for name, value in per_head.items()}
+        return replace(self, key=self.key[chosen // (H // K)], **per_head)
 
 
-class AttentionRows:
+class AttentionRows(BlockedRows):
     """The head-averaged attention of some layers, recomputed from their queries and keys.
 
-    Scores, softmax and mean are taken in float32 (float64 if the model is), whatever the model's dtype. Memory is
-    O(H * r * N) for one block of one layer. Attention to the future, which no causal model pays, is left out.
+    Scores, softmax and mean are taken in float32 (float64 if the model is), whatever the model's dtype. Attention to
+    the future, which no causal model pays, is left out. The same queries and keys give the same bits, in either order
+    and however often they are read. Memory is that of one block [r, N] and one tile of scores.
 
     Args:
-        layers: one `LayerQK` per chosen layer, all of one trace.
+        layers: one `LayerQK` per chosen layer, all of one trace. With `log_sum` rows are computed in tiles, without it
+            a few whole rows at a time. Where there are queries of the last tokens only, so are the blocks.
         positions: [N] where the tokens stand in the sequence that the model saw; windows and documents go by these.
-        block: rows per block; default: as many as `BLOCK_BYTES` holds, at most 256.
+            All is computed on their device; queries and keys may lie elsewhere.
+        block: rows per block; default: as many as `BLOCK_BYTES` holds, from 16 to 256.
+        weights: "attention": the mean over all heads. "value_norm": attention counts by how much the head then writes,
+            `a[k, i] * ||W_O^h v_i||` (Kobayashi et al. 2020, arXiv 2004.10102), summed over the heads of a layer,
+            divided by the sum of the row, and then the mean over layers.
     """
 
-    def __init__(self, layers: list[LayerQK], positions: Tensor, block: int | None = None) -> None:
+    def __init__(
+        self, layers: list[LayerQK], positions: Tensor, block: int | None = None, weights: str = "attention"
+    ) -> None:
+        if weights not in ("attention", "value_norm"):
+            raise ValueError(f'weights must be "attention" or "value_norm", got {weights!r}')
+        if weights == "value_norm" and any(layer.value_norm is None for layer in layers):
+            raise ValueError('weights="value_norm" needs value_norm in every layer: capture them with values=True')
         self._dtype = torch.float64 if layers[0].query.dtype == torch.float64 else torch.float32
-        self._layers, self._positions, self._block = layers, positions, block
-        self.num_tokens = layers[0].query.shape[1]
+        self._layers, self._positions, self._weights = layers, positions, weights
+        self.num_tokens = N = layers[0].key.shape[1]
+        self.starts = range(N - layers[0].query.shape[1], N, block or max(16, min(256, BLOCK_BYTES // (4 * N))))
 
-    def blocks(self, last_first: bool = False) -> Iterator[RowBlock]:
-        N = self.num_tokens
-        heads = max(layer.query.shape[0] for layer in self._layers)
-        size = self._block or max(16, min(256, BLOCK_BYTES // (4 * heads * N)))
-        keys = [layer.key.to(self._dtype).mT for layer in self._layers]
-        total_heads = sum(layer.query.shape[0] for layer in self._layers)
-        for start, stop in _bounds(N, size, last_first):
-            block = torch.zeros(stop - start, stop, dtype=self._dtype, device=keys[0].device)
-            hidden: dict[MaskTile | None, Tensor | None] = {}
-            for layer, key in zip(self._layers, keys, strict=True):
-                if layer.visible not in hidden:
-                    hidden[layer.visible] = self._hidden(layer.visible, start, stop)
-                block += self._attention(layer, key, hidden[layer.visible], start, stop).sum(0)
-            yield RowBlock(start, block.div_(total_heads))
+    @torch.no_grad()
+    def block(self, start: int) -> RowBlock:
+        stop = min(start + self.starts.step, self.num_tokens)
+        by_value = self._weights == "value_norm"
+        block = torch.zeros(stop - start, stop, dtype=self._dtype, device=self._positions.device)
+        scratch = _Scratch(block)
+        hidden: dict[MaskTile | None, Tensor | None] = {}
+        for layer in self._layers:
+            if layer.visible not in hidden:
+                hidden[layer.visible] = self._hidden(layer.visible, start, stop)
+            if not by_value:
+                add_attention(block, layer, hidden[layer.visible], scratch)
+                continue
+            own = torch.zeros_like(block)
+            add_attention(own, layer, hidden[layer.visible], scratch, layer.value_norm)
+            # A row that sees nothing but values of norm 0 stays 0.
+            block += own.div_(own.sum(-1, keepdim=True).clamp_(min=torch.finfo(own.dtype).tiny))
+        parts = len(self._layers) if by_value else sum(len(layer.query) for layer in self._layers)
+        return RowBlock(start, block.div_(parts))
 
+    @torch.no_grad()
     def heads(self, tokens: Sequence[int]) -> Iterator[list[Tensor]]:
-        """For each of some tokens, its row in every layer and head apart: [H, token + 1] per layer."""
-        keys = [layer.key.to(self._dtype).mT for layer in self._layers]
+        """For each of some tokens, its row in every layer and head apart: [H, token + 1] per layer.
+
+        This is bare attention, whatever the `weights`.
+        """
         for token in tokens:
             if not 0 <= token < self.num_tokens:
                 raise ValueError(f"tokens holds {token}, the trace has tokens 0..{self.num_tokens - 1}")
-            yield [
-                self._attention(layer, key, self._hidden(layer.visible, token, token + 1), token, token + 1)[:, 0]
-                for layer, key in zip(self._layers, keys, strict=True)
-            ]
+            rows = []
+            for layer in self._layers:
+                scratch = _Scratch(torch.empty(0, dtype=self._dtype, device=self._positions.device))
+                scores = _scores(layer, _queries(layer, token, token + 1, scratch.like), 0, token + 1, None, scratch)
+                hidden = self._hidden(layer.visible, token, token + 1)
+                rows.append(_softmax(_hide(scores, -torch.inf, token, hidden), layer.sink_logits)[:, 0])
+            yield rows
 
     def _hidden(self, visible: MaskTile | None, start: int, stop: int) -> Tensor | None:
         """[r, stop] True where the query may not see the key; None for plain causal attention."""
@@ -149,21 +228,118 @@ class AttentionRows:
             return None
         return ~visible(self._positions[start:stop], self._positions[:stop])
 
-    def _attention(self, layer: LayerQK, key: Tensor, hidden: Tensor | None, start: int, stop: int) -> Tensor:
-        """[H, r, stop] attention of one layer, head by head."""
-        r, (H, _, D), K = stop - start, layer.query.shape, key.shape[0]
-        # Query heads that share a key head become rows of one product: the keys are never repeated.
-        query = layer.query[:, start:stop].to(self._dtype).reshape(K, H // K * r, D) * layer.scaling
-        scores = torch.matmul(query, key[:, :, :stop]).view(H, r, stop)
-        if layer.softcap is not None:
-            scores = scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
-        # Everything before the block is in the past: only the square at its end needs the causal mask.
-        ahead = torch.ones(r, r, dtype=torch.bool, device=scores.device).triu_(1)
-        scores[:, :, start:].masked_fill_(ahead, -torch.inf)
-        if hidden is not None:
-            scores.masked_fill_(hidden, -torch.inf)
-        if layer.sink_logits is None:
-            return torch.softmax(scores, dim=-1)
-        total = torch.logsumexp(scores, dim=-1)
-        total = torch.logaddexp(total, layer.sink_logits.to(total)[:, None])
-        return scores.sub_(total[:, :, None]).exp_()
+
+# --- the attention of one layer --------------------------------------------------------------------------------------
+# a..b are rows and c..d columns of a tile, r and n their numbers.
+
+
+class _Scratch:
+    """Memory for one tile after the other: a fresh page costs a CPU as much as what is computed in it.
+
+    Attributes:
+        like: of the dtype and on the device that all of it has.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self._areas: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A tensor with anything in it, in the place of the last one of that name."""
+        size = math.prod(shape)
+        if name not in self._areas or len(self._areas[name]) < size:
+            self._areas[name] = self.like.new_empty(size)
+        return self._areas[name][:size].view(shape)
+
+
+def add_attention(
+    block: Tensor, layer: LayerQK, hidden: Tensor | None, scratch: _Scratch, value_norm: Tensor | None = None
+) -> None:
+    """Add the attention of one layer, summed over its heads, to a block of rows.
+
+    Nearly all time goes here: this is the function to give a device its own kernel.
+
+    Args:
+        block: [r, stop] float32 or float64, rows `stop - r .. stop - 1`; changed in place.
+        hidden: [r, stop] bool, True where a query may not see a key, or None. The future is never seen.
+        value_norm: [H, N] what the attention of each head to each token is multiplied by, or None.
+    """
+    r, stop = block.shape
+    start = stop - r
+    budget = TILE_BYTES["cpu" if block.device.type == "cpu" else "other"] // (len(layer.query) * block.element_size())
+    # Before `first` no row of the block sees anything: most of a trace, where there is a sliding window.
+    first = 0 if hidden is None else int((~hidden).any(0).int().argmax())
+    if layer.log_sum is None:  # softmax needs whole rows
+        rows, columns = max(16, budget // (stop - first)), stop
+    else:
+        rows = min(r, TILE_ROWS)
+        columns = max(TILE_COLUMNS, budget // rows)
+    for a in range(start, stop, rows):
+        b = min(a + rows, stop)
+        query = _queries(layer, a, b, block)
+        log_sum = None if layer.log_sum is None else layer.log_sum[:, _of_rows(layer, a, b)].to(block) * _LOG2_E
+        for c in range(first, b, columns):
+            d = min(c + columns, b)
+            unseen = None if hidden is None else hidden[a - start : b - start, c:d]
+            tile = _scores(layer, query, c, d, log_sum, scratch)
+            if log_sum is None:
+                _softmax(_hide(tile, -torch.inf, a - c, unseen), layer.sink_logits)
+            else:
+                tile.exp2_()
+            if value_norm is not None:
+                tile *= value_norm[:, None, c:d]
+            total = torch.sum(tile, 0, out=scratch.take("total", b - a, d - c))
+            # Hidden only now, in the sum over heads, since a known log-sum-exp doesn't ask what else was in the row.
+            block[a - start : b - start, c:d] += _hide(total, 0, a - c, unseen)
+
+
+def _of_rows(layer: LayerQK, a: int, b: int) -> slice:
+    """Where the queries of tokens a..b are."""
+    before = layer.key.shape[1] - layer.query.shape[1]
+    return slice(a - before, b - before)
+
+
+def _queries(layer: LayerQK, a: int, b: int, like: Tensor) -> Tensor:
+    """[K, H/K * r, D] scaled queries; those that share a key head are rows of one product, so no key is repeated."""
+    scale = layer.scaling * _LOG2_E if layer.softcap is None else layer.scaling / layer.softcap
+    query = layer.query[:, _of_rows(layer, a, b)].to(like) * scale
+    return query.reshape(len(layer.key), -1, query.shape[-1])
+
+
+def _scores(layer: LayerQK, query: Tensor, c: int, d: int, log_sum: Tensor | None, scratch: _Scratch) -> Tensor:
+    """[H, r, n] scores of `_queries`, less `log_sum` [H, r] if that is given; all in powers of 2."""
+    K, rows, _ = query.shape
+    key = layer.key[:, c:d]
+    if key.dtype != query.dtype or key.device != query.device:
+        key = scratch.take("key", *key.shape).copy_(key)
+    out = scratch.take("scores", K, rows, d - c)
+    if log_sum is None or layer.softcap is not None:
+        scores = torch.bmm(query, key.mT, out=out)
+    else:
+        scores = torch.baddbmm(log_sum.reshape(K, rows, 1), query, key.mT, beta=-1, out=out)
+    scores = scores.view(len(layer.query), -1, d - c)
+    if layer.softcap is not None:
+        scores.tanh_().mul_(layer.softcap * _LOG2_E)
+        if log_sum is not None:
+            scores.sub_(log_sum[:, :, None])
+    return scores
+
+
+def _hide(tile: Tensor, fill: float, diagonal: int, hidden: Tensor | None) -> Tensor:
+    """Fill what a [.., r, n] tile has in the future (beyond column `diagonal` of its first row) and where `hidden`."""
+    r, n = tile.shape[-2:]
+    past = max(diagonal, 0)
+    if past < n:
+        ahead = torch.ones(r, n - past, dtype=torch.bool, device=tile.device).triu_(diagonal - past + 1)
+        tile[..., past:].masked_fill_(ahead, fill)
+    return tile if hidden is None else tile.masked_fill_(hidden, fill)
+
+
+def _softmax(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """[H, r, n] softmax over whole rows of scores in powers of 2; a sink takes its share and gets no column."""
+    top = scores.amax(-1, keepdim=True)
+    weight = scores.sub_(top).exp2_()
+    total = weight.sum(-1, keepdim=True)
+    if sink_logits is not None:
+        total += (sink_logits.to(top)[:, None, None] * _LOG2_E - top).exp2_()
+    return weight.div_(total)

@@ -93,16 +93,15 @@ def solve_scipy(system: System) -> Solution:
     weight = system.edge_weight.double()
     leaving = weight.numpy() * ~system.sinks.numpy()[source]
     triangle = Triangle(source, target, len(system.sinks))
-    reach_value = triangle.solve(leaving, system.sinks.double().numpy(), backward=True)
-    reaches = _reaches(source, target, leaving, system.sinks.numpy())
-    # Below this the sums have lost digits to underflow (or, with huge weights, overflowed): sweep with exponents.
-    lost = reaches & ~((reach_value > 1e-250) & (reach_value < 1e250))
-    if lost.any():
-        reach = _sweep_scaled(source, target, leaving, system.sinks.numpy())
+    value = triangle.solve(leaving, system.sinks.double().numpy(), backward=True)
+    if _holds_in_floats(source, target, leaving, value):
+        reach = Scaled.of(torch.from_numpy(value))
+        share = leaving * value[target] / np.where(value > 0, value, 1)[source]
+        total = np.bincount(source, share, len(value))
+        transition = torch.from_numpy(share / np.where(total > 0, total, 1)[source])
     else:
-        # Tokens that don't reach the answer must be 0 exactly.
-        reach = Scaled.of(torch.from_numpy(np.where(reaches, reach_value, 0.0)))
-    transition = transitions(system.edge_index, weight, system.sinks, reach)
+        reach = _sweep_scaled(source, target, leaving, system.sinks.numpy())
+        transition = transitions(system.edge_index, weight, system.sinks, reach)
     injection = inject(system, reach)
     flow = torch.from_numpy(triangle.solve(transition.numpy(), injection.numpy(), backward=False))
     return Solution(reach, flow, injection, transition, torch.ones(system.num_graphs, dtype=torch.int64))
@@ -139,20 +138,15 @@ class Triangle:
             return spsolve_triangular(matrix, rhs, lower=not backward, unit_diagonal=True, overwrite_A=True)
 
 
-def _reaches(source: np.ndarray, target: np.ndarray, weight: np.ndarray, sinks: np.ndarray) -> np.ndarray:
-    """[N] bool: is there a path of edges to a sink? A question of structure, answered without floating point."""
-    from scipy.sparse import csr_array
-    from scipy.sparse.csgraph import breadth_first_order
+def _holds_in_floats(source: np.ndarray, target: np.ndarray, weight: np.ndarray, reach: np.ndarray) -> bool:
+    """Has reach [N] kept its digits, and is it 0 exactly where no path of edges leads to a sink?
 
-    num_tokens, real = len(sinks), weight > 0
-    # Walk against the edges from one extra token, number N, that stands behind all sinks.
-    row = np.concatenate([target[real], np.full(int(sinks.sum()), num_tokens)])
-    column = np.concatenate([source[real], np.flatnonzero(sinks)])
-    links = csr_array((np.ones(len(row), dtype=np.int8), (row, column)), shape=(num_tokens + 1,) * 2)
-    found = breadth_first_order(links, num_tokens, directed=True, return_predecessors=False)
-    reaches = np.zeros(num_tokens + 1, dtype=bool)
-    reaches[found] = True
-    return reaches[:num_tokens]
+    Below 1e-250 sums have lost digits to underflow, and with huge weights they overflow. A token that got 0 although it
+    has a path was lost on the way, so somewhere on its path an edge leads from a 0 to something else.
+    """
+    if not ((reach == 0) | ((reach > 1e-250) & (reach < 1e250))).all():
+        return False
+    return not ((weight > 0) & (reach[source] == 0) & (reach[target] > 0)).any()
 
 
 def _sweep_scaled(source: np.ndarray, target: np.ndarray, weight: np.ndarray, sinks: np.ndarray) -> Scaled:

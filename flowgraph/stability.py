@@ -38,7 +38,7 @@ from flowgraph.capture import Capture, Layers, capture, choose_layers, softmax_l
 from flowgraph.compare import mean_interval, plain
 from flowgraph.credit import weights_from_scores
 from flowgraph.options import LONG
-from flowgraph.rows import DenseRows, Rows
+from flowgraph.rows import BlockedRows, DenseRows
 from flowgraph.spans import PRESETS, encode_messages, encode_text, question_of_messages
 from flowgraph.sparsify import Threshold
 from flowgraph.trace import Trace
@@ -255,8 +255,8 @@ class _Part:
         self._whole, self._heads = whole, heads
         self._dense: DenseRows | None = None
 
-    def rows(self, row: int, positions: Tensor) -> Rows:
-        rows = self._whole.rows(row, positions, heads=self._heads)
+    def rows(self, row: int, positions: Tensor, weights: str = "attention") -> BlockedRows:
+        rows = self._whole.rows(row, positions, heads=self._heads, weights=weights)
         if rows.num_tokens > LONG:
             return rows
         if self._dense is None:  # several variants read the default's: its queries and keys are multiplied once
@@ -284,7 +284,7 @@ class _Study:
     def capture(self, layers: Layers) -> Trace:
         """Run the model; the trace of the default, which has `heads`."""
         ids, model = self.encoded.ids, self.tracer.model
-        self._captured = capture(model, ids, layers=layers)
+        self._captured = capture(model, ids, layers=layers, values=self.tracer.options.weights == "value_norm")
         self.softmax = softmax_layers_of(model, ids)
         own = choose_layers(self.softmax, self.tracer.options.layers)
         self.heads = {layer: range(self._captured.num_heads[layer]) for layer in own}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from flowgraph._version import __version__
 from flowgraph.capture import Capture
+from flowgraph.certificate import Certificate, Witnesses, certify
 from flowgraph.coarse import contract
 from flowgraph.credit import Credit
 from flowgraph.flow import Flow
@@ -39,6 +41,7 @@ class Trace:
         row, positions: where the tokens stood in the caller's batch: its row, and [N] the places in that row.
         options: what the tracer was told.
         captured: the queries and keys that the trace came from, with `keep_attention=True`; else None.
+        witnesses: in sparse mode, rows and columns of the attention kept for the certificate; else None.
     """
 
     graph: TokenGraph
@@ -50,6 +53,7 @@ class Trace:
     positions: Tensor
     options: Options = field(repr=False)
     captured: Capture | None = field(default=None, repr=False)
+    witnesses: Witnesses | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         """Number of tokens, N."""
@@ -85,6 +89,11 @@ class Trace:
         """Everything odd: "no_answer", "cut_off", "several_answers", "tail_answer", "no_flow"."""
         return tuple(dict.fromkeys((*self.spans.flags, *self.credit.flags[0])))
 
+    @cached_property
+    def certificate(self) -> Certificate:
+        """How exact the flow is: mass per row, bounds and estimates. Worked out when it is asked for."""
+        return certify(self.flow, self.witnesses, absorb_at_prompt=self.options.absorb_at_prompt)
+
     def top(self, k: int = 10) -> list[tuple[int, str, float]]:
         """The `k` tokens of the response with the highest score: (position in the trace, text, score)."""
         scores = self.credit.scores.masked_fill(~self.credit.mask, -1)
@@ -108,6 +117,7 @@ class Trace:
             "prompt_share": float(flow[graph.prompt_mask].sum()) / total,
             "first_token_share": float(flow[0]) / total,
             "dropped_per_row": float(graph.dropped.double().mean()),
+            "modelled_per_row": float(graph.modelled.double().mean()),
         }
 
     def segments(self, by: str | Splitter = "sentences") -> Segments:
@@ -130,7 +140,7 @@ class Trace:
         """
         if self.captured is None:
             raise ValueError("the attention of this trace is gone; trace it with keep_attention=True to read it again")
-        return self.captured.rows(self.row, self.positions)
+        return self.captured.rows(self.row, self.positions, weights=self.options.weights)
 
     def contract(self, by: str | Splitter | Segments = "sentences") -> Flow:
         """The flow between segments; see `flowgraph.contract`. In exact mode from the attention, if it was kept."""

@@ -8,18 +8,21 @@ Shapes: B rows of the caller's batch, T their length with pads, N tokens of one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from flowgraph.capture import Capture, capture, choose_layers, documents_of, is_packed, softmax_layers_of
+from flowgraph.certificate import Witnesses
 from flowgraph.credit import credit
 from flowgraph.exact import exact_flow
 from flowgraph.flow import Flow, trace_flow
 from flowgraph.graph import TokenGraph
+from flowgraph.memory import plan_batch
 from flowgraph.options import Options
+from flowgraph.rows import BlockedRows, KeptRows, Rows
 from flowgraph.spans import (
     Encoded,
     Spans,
@@ -29,7 +32,9 @@ from flowgraph.spans import (
     question_of_messages,
     token_offsets,
 )
+from flowgraph.sparse import sparse_graph
 from flowgraph.sparsify import sparsify
+from flowgraph.stream import stream
 from flowgraph.trace import Trace, Traces
 
 Messages = list[dict[str, Any]]
@@ -160,9 +165,31 @@ class Tracer:
             spans.append(found)
             rows.append(row)
             places.append(positions)
-        if captured is None:
-            captured = capture(self.model, input_ids, attention_mask, position_ids, layers=options.layers)
-        flows = self._flows(captured, input_ids, rows, places, spans)
+        longest = max(len(positions) for positions in places)
+        packed = position_ids is not None and is_packed(position_ids, attention_mask)
+        tracer = self
+        if options.memory is not None:
+            lengths = [len(positions) for positions in places]
+            planned = plan_batch(self.model, lengths, shape, options, packed=packed, captured=captured is not None)
+            options = planned.options
+            tracer = Tracer(self.model, self.tokenizer, **vars(options))
+        chunk = options.chunk_of(longest) if options.chunk != "auto" or not packed else None
+        if captured is None and chunk is not None and all(tracer._can_stream(len(positions)) for positions in places):
+            attention = tracer._streams(input_ids, position_ids, rows, places, chunk)
+        else:
+            if captured is None:
+                captured = capture(
+                    self.model,
+                    input_ids,
+                    attention_mask,
+                    position_ids,
+                    layers=options.layers,
+                    values=options.weights == "value_norm",
+                    chunk=chunk,
+                    offload=options.offload,
+                )
+            attention = _captured_rows(captured, rows, places, options.weights)
+        flows, witnesses = tracer._flows(attention, input_ids, rows, places, spans)
         flow = Flow.of_batch(flows)
         how = {name: getattr(options, name) for name in ("rule", "top", "gain", "temperature")}
         credits = credit(flow, options.score, **how)
@@ -170,31 +197,70 @@ class Tracer:
         for n, (one, credited) in enumerate(zip(flows, credits, strict=True)):
             text = self.pieces(one.graph.token_ids)
             kept = captured if options.keep_attention else None
-            traces.append(Trace(one.graph, one, credited, spans[n], text, rows[n], places[n], options, kept))
+            seen = witnesses[n]
+            traces.append(Trace(one.graph, one, credited, spans[n], text, rows[n], places[n], options, kept, seen))
         return Traces(traces, flow, credits, shape)
 
+    def _can_stream(self, num_tokens: int) -> bool:
+        """Is one reading of the rows, from the first to the last, all that such a trace needs?"""
+        return self.options.mode_of(num_tokens) != "exact" and not self.options.keep_attention
+
+    def _streams(
+        self, input_ids: Tensor, position_ids: Tensor | None, rows: list[int], places: list[Tensor], chunk: int
+    ) -> Iterator[_Attention]:
+        """The rows of each trace out of a forward pass of its own, which runs while they are read."""
+        options = self.options
+        for row, positions in zip(rows, places, strict=True):
+            kept = positions.to(input_ids.device)
+            attention = stream(
+                self.model,
+                input_ids[row, kept][None],
+                None if position_ids is None else position_ids[row, positions.to(position_ids.device)][None],
+                layers=options.layers,
+                chunk=chunk,
+                weights=options.weights,
+                offload=options.offload,
+            )
+            yield _Attention(attention, attention.device, attention.model, attention.layers)
+
     def _flows(
-        self, captured: Capture, input_ids: Tensor, rows: list[int], places: list[Tensor], spans: list[Spans]
-    ) -> list[Flow]:
-        """The flow through each trace, in the mode that fits it; those by edges are solved together."""
+        self,
+        attention: Iterator[_Attention],
+        input_ids: Tensor,
+        rows: list[int],
+        places: list[Tensor],
+        spans: list[Spans],
+    ) -> tuple[list[Flow], list[Witnesses | None]]:
+        """The flow through each trace, in the mode that fits it; those over graphs are solved together."""
         options = self.options
         graphs: dict[int, TokenGraph] = {}
         flows: dict[int, Flow] = {}
-        for n, (row, positions, found) in enumerate(zip(rows, places, spans, strict=True)):
-            attention = captured.rows(row, positions)
-            roles: dict[str, Any] = {name: getattr(found, name).to(captured.device) for name in _ROLES}
-            roles["token_ids"] = input_ids[row, positions.to(input_ids.device)].to(captured.device)
-            roles |= {"model": captured.model, "layers": captured.layers}
-            if options.exact(len(positions)):
-                absorb = options.absorb_at_prompt
-                flows[n] = exact_flow(attention, absorb_at_prompt=absorb, edges=options.edges, **roles)
+        witnesses: list[Witnesses | None] = [None] * len(rows)
+        for n, (one, row, positions, found) in enumerate(zip(attention, rows, places, spans, strict=True)):
+            roles: dict[str, Any] = {name: getattr(found, name).to(one.device) for name in _ROLES}
+            roles["token_ids"] = input_ids[row, positions.to(input_ids.device)].to(one.device)
+            roles |= {"model": one.model, "layers": one.layers}
+            mode, absorb = options.mode_of(len(positions)), options.absorb_at_prompt
+            if mode == "exact":
+                # Two sweeps: what fits into memory of a constant size is computed once. (A stream is never read twice.)
+                rows_twice = KeptRows(one.rows) if isinstance(one.rows, BlockedRows) else one.rows
+                flows[n] = exact_flow(rows_twice, absorb_at_prompt=absorb, edges=options.edges, **roles)
+            elif mode == "sparse":
+                sinks = found.answer_mask.nonzero()
+                before = torch.arange(len(positions), device=one.device) <= (
+                    int(sinks[-1]) if len(sinks) else len(positions)
+                )
+                witnesses[n] = seen = Witnesses.of(before)
+                graphs[n] = sparse_graph(
+                    one.rows, absorb_at_prompt=absorb, edges=options.edges, witnesses=seen, **roles
+                )
             else:
-                graphs[n] = TokenGraph.from_sparse(sparsify(attention, options.edges), **roles)
+                graphs[n] = TokenGraph.from_sparse(sparsify(one.rows, options.edges), **roles)
         if graphs:
             batch = Batch.from_data_list(list(graphs.values()))
             together = trace_flow(batch, options.solver, absorb_at_prompt=options.absorb_at_prompt)
             flows |= dict(zip(graphs, together, strict=True))
-        return [flows[n] for n in range(len(rows))]
+        return [flows[n] for n in range(len(rows))], witnesses
 
     def _check_capture(self, captured: Capture, shape: tuple[int, int]) -> None:
         if captured.shape != shape:
@@ -231,6 +297,21 @@ class Tracer:
             pieces.append(text[max(start, done) : stop])
             done = max(done, stop)
         return pieces
+
+
+class _Attention(NamedTuple):
+    """The rows of one trace, and where they come from."""
+
+    rows: Rows
+    device: torch.device
+    model: str
+    layers: list[int]
+
+
+def _captured_rows(captured: Capture, rows: list[int], places: list[Tensor], weights: str) -> Iterator[_Attention]:
+    for row, positions in zip(rows, places, strict=True):
+        attention = captured.rows(row, positions, weights=weights)
+        yield _Attention(attention, captured.device, captured.model, captured.layers)
 
 
 _ROLES = ("prompt_mask", "question_mask", "answer_mask", "response_mask", "credit_mask")

@@ -49,6 +49,20 @@ def run(code: list[str], names: dict[str, Any], file: Path) -> dict[str, Any]:
     return names
 
 
+def test_long_contexts_runs() -> None:
+    place = torch.arange(60)
+    names = {
+        "model": policy(),
+        "input_ids": torch.randint(4, 60, (1, 60), generator=torch.Generator().manual_seed(0)),
+        "positions": place,
+        "prompt_mask": place < 20,
+        "sinks": place == 58,
+    }
+    pieces = blocks((ROOT / "docs" / "long-contexts.md").read_text())[-1]
+    flow = run([pieces], names, ROOT / "docs" / "long-contexts.md")["flow"]
+    assert flow.solver == "exact" and float(flow.absorbed) == pytest.approx(1)
+
+
 @pytest.fixture
 def names(tmp_path: Path) -> dict[str, Any]:
     """What the blocks take as given: a model with its tokenizer, a batch padded left, and what a trainer needs."""

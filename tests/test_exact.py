@@ -127,16 +127,18 @@ def test_exact_credits_equal_those_of_all_edges(name: str) -> None:
     assert all(trace.graph.rule == "by flow: top 32 per token" for trace in exactly)
 
 
-def test_auto_is_exact_for_long_traces_and_each_trace_has_its_own_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_goes_by_length_and_each_trace_has_its_own_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowgraph.options.LONG", 30)
     model, given_ids = tiny("llama"), inputs()
     mask = torch.ones(2, T, dtype=torch.long)
     mask[1, :12] = 0
     given_ids["prompt_mask"] = (torch.arange(T) < 20) & mask.bool()
     traces = Tracer(model).from_ids(**given_ids, attention_mask=mask)
-    assert [trace.flow.solver for trace in traces] == ["exact", "scipy"] and traces.flow.solver == "exact+scipy"
+    assert ["in pools" in trace.graph.rule for trace in traces] == [True, False]
+    kept = Tracer(model, keep_attention=True).from_ids(**given_ids, attention_mask=mask)
+    assert [trace.flow.solver for trace in kept] == ["exact", "scipy"] and kept.flow.solver == "exact+scipy"
     alone = Tracer(model, mode="edges").from_ids(**given_ids, attention_mask=mask)
-    assert torch.equal(traces.weights, alone.weights)
+    assert torch.equal(kept.weights, alone.weights) and torch.equal(traces.weights[1], alone.weights[1])
     assert Tracer(model, edges=TopK(4)).from_ids(**given_ids).flow.solver == "scipy"
     assert Tracer(model, solver="scatter").from_ids(**given_ids).flow.solver == "scatter"
 
@@ -144,7 +146,9 @@ def test_auto_is_exact_for_long_traces_and_each_trace_has_its_own_mode(monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "fast"}, 'mode must be "auto", "edges" or "exact"'),
+        ({"mode": "fast"}, 'mode must be "auto", "edges", "sparse" or "exact"'),
+        ({"weights": "norm"}, 'weights must be "attention" or "value_norm"'),
+        ({"chunk": 1}, 'chunk must be "auto", None or a number of tokens >= 2'),
         ({"mode": "exact", "solver": "scipy"}, "of its own"),
     ],
 )
