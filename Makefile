@@ -1,7 +1,7 @@
 # Everything happens in .venv of this checkout; pip's own settings (PIP_INDEX_URL, ...) apply.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-verl lint types format bench bench-trl wheel clean
+.PHONY: help setup demo test test-long test-gpu test-verl test-fuzz lint types format bench bench-flashtrace bench-trl wheel clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -16,8 +16,15 @@ VERL_READY := $(VERL_VENV)/.ready
 VERL_NEEDS := accelerate cachetools codetiming datasets dill fastapi hydra-core pandas peft pillow pyarrow ray \
   tensordict torchdata TransferQueue transformers uvicorn torch-geometric scipy pytest hypothesis
 
+# FlashTrace, which the benchmarks compare with: without its dependencies, which would bring CUDA, but with what it
+# imports, in the versions that the rest of the project has too.
+FLASHTRACE_VENV := .venv-flashtrace
+FLASHTRACE_BIN := $(FLASHTRACE_VENV)/bin
+FLASHTRACE_READY := $(FLASHTRACE_VENV)/.ready
+FLASHTRACE_NEEDS := accelerate matplotlib networkx numpy seaborn==0.13.2 spacy==3.8.18 tqdm transformers wordfreq==3.1.1
+
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv with everything that the other targets need
 
@@ -54,6 +61,9 @@ $(VERL_READY): pyproject.toml constraints-verl.txt
 	@$(VERL_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
+test-fuzz: setup  ## hostile input for five minutes
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 FLOWGRAPH_FUZZ_SECONDS=260 $(BIN)/python -m pytest -q tests/fuzz $(PYTEST_ARGS)
+
 lint: setup  ## ruff: rules and layout of the code
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "Not formatted: run 'make format'"; exit 1; }
@@ -65,8 +75,18 @@ format: setup  ## let ruff lay out and mend the code
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
 
-bench: setup  ## run the benchmarks
+bench: setup $(FLASHTRACE_READY)  ## run the benchmarks (50 minutes); goes on where a run was stopped
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.run
+
+bench-flashtrace: $(FLASHTRACE_READY)  ## make the environment of FlashTrace, which bench compares with
+
+$(FLASHTRACE_READY): constraints.txt
+	@test -x $(FLASHTRACE_BIN)/python || { echo "Making $(FLASHTRACE_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(FLASHTRACE_VENV); }
+	@echo "Installing torch, then FlashTrace and what it imports"
+	@$(FLASHTRACE_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(FLASHTRACE_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch $(FLASHTRACE_NEEDS)
+	@$(FLASHTRACE_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps flashtrace==0.1.1
+	@touch $@
 
 bench-trl: setup  ## time steps of TRL with and without credits (half an hour)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.trl_step
