@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from xml.parsers import expat
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +36,10 @@ from flowgraph.trace import Trace
 
 FORMAT = "flowgraph-tables/1"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_NODES = ("token_id", *MASKS, "self_weight", "dropped")
+_EDGES = ("source", "target", "weight")
+MOST_ROWS = 1 << 28
+"""A parquet file of a graph with more tokens or edges is refused."""
 # In XML 1.0 these can't be written at all, not even escaped.
 _NOT_XML = {code: "\N{REPLACEMENT CHARACTER}" for code in [*range(0x20), 0xFFFE, 0xFFFF] if chr(code) not in "\t\n\r"}
 
@@ -80,30 +86,36 @@ class Tables:
         Raises:
             ValueError: a column or a word about it is missing, or the graph breaks a law.
         """
+        for name in ("nodes", "edges", "about"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be names and values, got {type(getattr(self, name)).__name__}")
         if self.about.get("format") != FORMAT:
-            raise ValueError(f"its format is {self.about.get('format')!r}, not {FORMAT!r}")
-        if missing := [name for name in ("token_id", *MASKS, "self_weight", "dropped") if name not in self.nodes]:
+            raise ValueError(f"its format is {reprlib.repr(self.about.get('format'))}, not {FORMAT!r}")
+        if missing := [name for name in _NODES if name not in self.nodes]:
             raise ValueError(f"the nodes have no {', '.join(missing)}")
-        if missing := [name for name in ("source", "target", "weight") if name not in self.edges]:
+        if missing := [name for name in _EDGES if name not in self.edges]:
             raise ValueError(f"the edges have no {', '.join(missing)}")
-        if (kind := self.about.get("dtype")) not in _DTYPES:
-            raise ValueError(f"its dtype is {kind!r}; it must be one of {', '.join(_DTYPES)}")
+        kind = self.about.get("dtype")
+        if not isinstance(kind, str) or kind not in _DTYPES:
+            raise ValueError(f"its dtype is {reprlib.repr(kind)}; it must be one of {', '.join(_DTYPES)}")
         dtype = _DTYPES[kind]
 
-        def tensor(values: Any, kind: torch.dtype) -> Tensor:
-            return torch.as_tensor(np.array(values), dtype=kind)
-
-        ends = [tensor(self.edges[name], torch.int64) for name in ("source", "target")]
-        masks = {name: tensor(self.nodes[name], torch.bool) for name in MASKS}
+        source, target = (_tensor("source", self.edges, torch.int64), _tensor("target", self.edges, torch.int64))
+        if len(source) != len(target):
+            raise ValueError(f"the edges have {len(source)} of source and {len(target)} of target")
+        layers = self.about.get("layers", [])
+        if not isinstance(layers, list | tuple) or not all(type(layer) is int for layer in layers):
+            raise ValueError(f"layers must be a list of layer numbers, got {reprlib.repr(layers)}")
+        masks: dict[str, Any] = {name: _tensor(name, self.nodes, torch.bool) for name in MASKS}
         return TokenGraph.from_edges(
-            torch.stack(ends),
-            tensor(self.edges["weight"], dtype),
+            torch.stack([source, target]),
+            _tensor("weight", self.edges, dtype),
             **masks,
-            token_ids=tensor(self.nodes["token_id"], torch.int64),
-            self_weight=tensor(self.nodes["self_weight"], dtype),
-            dropped=tensor(self.nodes["dropped"], dtype),
+            token_ids=_tensor("token_id", self.nodes, torch.int64),
+            self_weight=_tensor("self_weight", self.nodes, dtype),
+            dropped=_tensor("dropped", self.nodes, dtype),
             model=str(self.about.get("model", "")),
-            layers=[int(layer) for layer in self.about.get("layers", ())],
+            layers=layers,
             rule=str(self.about.get("rule", "given edges")),
         )
 
@@ -138,7 +150,7 @@ def from_networkx(graph: Any) -> TokenGraph:
     if set(graph.nodes) != set(range(len(graph))):
         raise ValueError(f"graph must have the nodes 0 .. {len(graph) - 1}, the tokens in time order")
     nodes = _columns([graph.nodes[n] for n in range(len(graph))], "node")
-    edges = _columns([dict(source=s, target=t, **values) for s, t, values in graph.edges(data=True)], "edge")
+    edges = _columns([{**values, "source": s, "target": t} for s, t, values in graph.edges(data=True)], "edge")
     edges = edges or {"source": [], "target": [], "weight": []}
     return Tables(nodes, edges, dict(graph.graph)).graph()
 
@@ -152,20 +164,42 @@ def write_graphml(what: Trace | Flow | TokenGraph, path: str | Path) -> Path:
     for _, values in graph.nodes(data=True):
         if "text" in values:
             values["text"] = _storable(values["text"]).translate(_NOT_XML)
-    networkx.write_graphml(graph, str(path), named_key_ids=True)
+    with Path(path).open("wb") as file:  # by a name that ends in .gz networkx would compress it
+        networkx.write_graphml(graph, file, named_key_ids=True)
     return Path(path)
 
 
 def read_graphml(path: str | Path) -> TokenGraph:
-    """Read what `write_graphml` wrote."""
+    """Read what `write_graphml` wrote.
+
+    Raises:
+        ValueError: no GraphML of a token graph. A DOCTYPE is refused: entities could expand to any size.
+    """
     import networkx
 
-    try:
-        graph = networkx.read_graphml(str(path), node_type=int, force_multigraph=False)
-        graph.graph["layers"] = json.loads(graph.graph.get("layers", "[]"))
-        return from_networkx(graph)
-    except (ValueError, KeyError, TypeError, SyntaxError, networkx.NetworkXError) as error:
-        raise ValueError(f"cannot read a graph from {path}: {error}") from error
+    with Path(path).open("rb") as file:
+        try:
+            _refuse_doctype(file)
+            graph = networkx.read_graphml(file, node_type=int, force_multigraph=False)
+            graph.graph["layers"] = json.loads(graph.graph.get("layers", "[]"))
+            return from_networkx(graph)
+        except Exception as error:  # networkx takes what it finds for granted, and anything may come of that
+            raise ValueError(f"cannot read a graph from {path}: {_reason(error)}") from error
+
+
+def _refuse_doctype(file: BinaryIO) -> None:
+    """Only the beginning is read: a DOCTYPE stands before the first element."""
+    parser = expat.ParserCreate()
+    begun: list[bool] = []
+
+    def doctype(*_: Any) -> None:
+        raise ValueError("it has a DOCTYPE; GraphML needs none, and entities of one could expand to any size")
+
+    parser.StartDoctypeDeclHandler = doctype
+    parser.StartElementHandler = lambda *_: begun.append(True)
+    while not begun and (piece := file.read(1 << 12)):
+        parser.Parse(piece, False)
+    file.seek(0)
 
 
 # --- parquet and JSON -------------------------------------------------------------------------------------------------
@@ -183,20 +217,42 @@ def write_parquet(what: Trace | Flow | TokenGraph, stem: str | Path) -> tuple[Pa
 
 
 def read_parquet(stem: str | Path) -> TokenGraph:
-    """Read what `write_parquet` wrote."""
-    columns = []
-    about: Any = None
-    for path in _parquet_paths(stem):
-        try:
-            table = pq.read_table(path)
-            about = json.loads((table.schema.metadata or {}).get(b"flowgraph", b"null"))
-        except (pa.ArrowInvalid, json.JSONDecodeError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from error
-        if not isinstance(about, dict):
-            raise ValueError(f"cannot read {path}: it was not written by flowgraph")
-        columns.append({name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names})
-    nodes, edges = columns
-    return Tables(nodes, edges, about).graph()
+    """Read what `write_parquet` wrote.
+
+    Raises:
+        FileNotFoundError: one of the two is missing.
+        ValueError: corrupt, foreign or too large (`MOST_ROWS`), or the graph breaks a law; it names the file.
+    """
+    nodes_path, edges_path = _parquet_paths(stem)
+    nodes, _ = _parquet_columns(nodes_path, _NODES)
+    edges, about = _parquet_columns(edges_path, _EDGES)
+    try:
+        return Tables(nodes, edges, about).graph()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"cannot read a graph from {nodes_path} and {edges_path}: {error}") from error
+
+
+def _parquet_columns(path: Path, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The columns that a graph is made of, and what the file says about it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with pq.ParquetFile(path, memory_map=False) as file:
+            schema = file.schema_arrow
+            about = json.loads((schema.metadata or {}).get(b"flowgraph", b"null"))
+            if not isinstance(about, dict):
+                raise ValueError("it was not written by flowgraph")
+            # By the footer, before memory is taken: a few bytes can stand for any number of equal rows.
+            if file.metadata.num_rows > MOST_ROWS:
+                raise ValueError(f"it says that it has {file.metadata.num_rows} rows; at most {MOST_ROWS} are read")
+            if missing := [name for name in names if name not in schema.names]:
+                raise ValueError(f"it has no column {', '.join(missing)}")
+            if nested := [name for name in names if not pa.types.is_primitive(schema.field(name).type)]:
+                raise ValueError(f"its column {nested[0]} is {schema.field(nested[0]).type}, and not plain numbers")
+            table = file.read(columns=list(names))
+        return {name: table[name].to_numpy(zero_copy_only=False) for name in names}, about
+    except (pa.ArrowException, OSError, ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(f"cannot read {path}: {_reason(error)}") from error
 
 
 def write_json(what: Trace | Flow | TokenGraph, path: str | Path) -> Path:
@@ -213,8 +269,10 @@ def read_json(path: str | Path) -> TokenGraph:
     """Read what `write_json` wrote."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}, and not nodes, edges and about")
         return Tables(found["nodes"], found["edges"], found["about"]).graph()
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"cannot read a graph from {path}: {error!r}") from error
 
 
@@ -242,6 +300,22 @@ def to_cupy(what: Trace | Flow | TokenGraph) -> dict[str, Any]:
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def _tensor(name: str, columns: Mapping[str, Any], kind: torch.dtype) -> Tensor:
+    """A column as a tensor, if it is one of plain values of that kind: nothing is rounded, cut or taken for true."""
+    try:
+        values = np.asarray(columns[name])
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be a column of plain values: {error}") from error
+    wanted = {torch.int64: "i", torch.bool: "b"}.get(kind, "if")
+    if values.ndim != 1 or (values.dtype.kind not in wanted and values.size):
+        raise ValueError(f"{name} must be a column of {str(kind)[6:]}, got {values.dtype} {list(values.shape)}")
+    return torch.from_numpy(values.astype(str(kind)[6:]))
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip() or type(error).__name__
 
 
 def _array(values: Tensor) -> np.ndarray[Any, Any]:

@@ -19,9 +19,11 @@ Shapes: see `flowgraph.rl.crediting`.
 from __future__ import annotations
 
 import json
+import math
 import os
+import reprlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,7 @@ class ServiceConfig:
         timeout: seconds for one chunk of rollouts on an actor.
         refresh_from: a folder in which the trainer leaves checkpoints of transformers, at any depth. Before a step the
             newest complete one is taken over. None: the scorer stays as it is; "flow/scorer_age" in the log shows it.
+        trust_remote_code: run the Python code that comes with the model. Nothing else turns this on.
         flow: the `FlowConfig`.
     """
 
@@ -65,16 +68,29 @@ class ServiceConfig:
     cpus_per_worker: float = 1
     timeout: float = 600.0
     refresh_from: str | None = None
+    trust_remote_code: bool = False
     flow: FlowConfig = field(default_factory=FlowConfig)
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
-            raise ValueError(f"model must be the name or folder of a model, got {self.model!r}")
-        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f'dtype must be "auto" or a dtype of torch such as "bfloat16", got {self.dtype!r}')
-        for name in ("workers", "gpus_per_worker", "cpus_per_worker"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            raise ValueError(f"model must be the name or folder of a model, got {reprlib.repr(self.model)}")
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else None
+        if self.dtype != "auto" and not isinstance(dtype, torch.dtype):
+            raise ValueError(
+                f'dtype must be "auto" or a dtype of torch such as "bfloat16", got {reprlib.repr(self.dtype)}'
+            )
+        for name in ("tokenizer", "refresh_from"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a name or folder, got {reprlib.repr(getattr(self, name))}")
+        if not isinstance(self.device, str):
+            raise ValueError(f"device must be text such as cuda:0, got {reprlib.repr(self.device)}")
+        for name in ("workers", "gpus_per_worker", "cpus_per_worker", "timeout"):
+            value = getattr(self, name)
+            kind = int if name == "workers" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a {'whole ' * (kind is int)}number, got {reprlib.repr(value)}")
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         if self.gpus_per_worker and not self.workers:
             raise ValueError(f"gpus_per_worker is {self.gpus_per_worker}, but workers is 0: set workers too")
         if self.timeout <= 0:
@@ -112,9 +128,12 @@ class ServiceConfig:
                 if isinstance(values.get(name), str) and kind in ("int", "float"):
                     values[name] = int(values[name]) if kind == "int" else float(values[name])
             if not isinstance(values.get("flow"), FlowConfig):
-                values["flow"] = FlowConfig.from_dict(values.get("flow") or {})
+                flow = values.get("flow") or {}
+                if not isinstance(flow, Mapping):
+                    raise ValueError(f"flow must hold options of credits, got {type(flow).__name__}")
+                values["flow"] = FlowConfig.from_dict(flow)
             return cls(**values)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{where}: {error}") from error
 
     def load(self) -> tuple[Any, Any]:
@@ -123,8 +142,10 @@ class ServiceConfig:
 
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(self.tokenizer or self.model)
+        # False, and not left out: transformers would ask on standard input whether to run the code of the repository.
+        how = {"trust_remote_code": self.trust_remote_code}
+        model: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype, **how)
+        return model.to(device).eval(), AutoTokenizer.from_pretrained(self.tokenizer or self.model, **how)
 
     def scorer(self) -> Credits:
         """The scorer in this process, or the pool of actors."""
@@ -195,10 +216,38 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def _is_language_model(config: Path) -> bool:
     try:
         names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-    except (ValueError, AttributeError):  # half written
+    except (ValueError, AttributeError, RecursionError):  # half written
+        return False
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return False
     return not any(name.endswith(("Classification", "RewardModel", "ForScore")) for name in names)
 
+
+def _yaml(text: str) -> Any:
+    import yaml  # type: ignore[import-untyped]
+
+    # Every open bracket may yet be a key, and the parser looks at all of them for each character.
+    if text.count("[") + text.count("{") > _MOST_BRACKETS:
+        raise ValueError(f"more than {_MOST_BRACKETS} brackets [ and {{")
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        # A few aliases of aliases stand for more text than memory holds, once they are shown in a message.
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {event.start_mark.line + 1}: *{event.anchor} is an alias; write it out")
+    return yaml.safe_load(text)
+
+
+def _toml(text: str) -> Any:
+    try:
+        import tomllib
+    except ImportError as error:  # Python 3.10
+        raise ValueError("TOML needs Python 3.11; write it as YAML or JSON") from error
+    return tomllib.loads(text)
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": json.loads}
+MOST_BYTES = 1 << 16
+"""A larger configuration is refused."""
+_MOST_BRACKETS = 128
 
 _SERVICES: dict[str, Service] = {}
 
@@ -215,21 +264,14 @@ def crediting(source: ServiceConfig | Mapping[str, Any] | str | Path | None = No
 def _load_file(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is no file: expected the configuration of credits in YAML, TOML or JSON")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix in (".yaml", ".yml"):
-        import yaml  # type: ignore[import-untyped]
-
-        values = yaml.safe_load(text)
-    elif path.suffix == ".toml":
-        try:
-            import tomllib
-        except ImportError as error:  # Python 3.10
-            raise ValueError(f"{path}: TOML needs Python 3.11; write it as YAML or JSON") from error
-        values = tomllib.loads(text)
-    elif path.suffix == ".json":
-        values = json.loads(text)
-    else:
-        raise ValueError(f"{path} must end in .yaml, .yml, .toml or .json")
+    if path.suffix not in _PARSERS:
+        raise ValueError(f"{path} must end in {', '.join(_PARSERS)}")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {MOST_BYTES}")
+    try:
+        values = _PARSERS[path.suffix](path.read_text(encoding="utf-8"))
+    except Exception as error:  # the parsers raise what they like, such as IndexError for an empty number
+        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must hold keys and values, with at least `model`; got {type(values).__name__}")
     return values

@@ -46,6 +46,8 @@ def find_answer(text: str, finder: Finder = "auto") -> Answer:
     With "auto", what follows a marker that never ends is not searched for other markers: `the answer is
     \\boxed{4` is cut off and answers nothing.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
     if isinstance(finder, str):
         if finder != "auto" and finder not in FINDERS:
             known = ["auto", *FINDERS]

@@ -273,7 +273,11 @@ def _column(value: Any, kind: type, where: str) -> Any:
         except OverflowError:
             big = next(number for number, entry in enumerate(value) if not -(2**31) <= entry < 2**31)
             raise ValueError(f"{where}[{big}] is {value[big]}; it must fit 32 bits") from None
-    exact = np.array(value, dtype=np.float64)
+    try:
+        exact = np.array(value, dtype=np.float64)
+    except OverflowError:
+        big = next(number for number, entry in enumerate(value) if abs(entry) >= 2**1023)
+        raise ValueError(f"{where}[{big}] is too large; it must be finite and fit 32 bits") from None
     with np.errstate(over="ignore"):
         column = exact.astype(np.float32)
     wrong = np.flatnonzero(~np.isfinite(column))
@@ -298,9 +302,13 @@ def _value(value: Any, kind: type, where: str) -> Any:
     if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     if kind is float and isinstance(value, Real) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ValueError(f"{where} is {value}; it must be finite")
-        return float(f"{float(value):.6g}")
+        try:
+            number = float(value)
+        except OverflowError:
+            raise ValueError(f"{where} is larger than any float; it must be finite") from None
+        if not math.isfinite(number):
+            raise ValueError(f"{where} is {number}; it must be finite")
+        return float(f"{number:.6g}")
     raise ValueError(f"{where} must be {kind.__name__}, got {type(value).__name__}")
 
 

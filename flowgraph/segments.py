@@ -164,7 +164,8 @@ def _begins_of(spans: Sequence[tuple[int, int]], size: int) -> list[Begin]:
 # --- splitters: text -> where segments begin --------------------------------------------------------------------------
 
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|cf|etc|vs|Mr|Mrs|Ms|Dr|Prof|St|No|Fig|Eq|approx)|(?:^|\n)\s*\w{1,3})$")
-_SENTENCE_END = re.compile(r"""[.!?]+["'”’)\]*_]*\s+|[。！？]+[”’）」』]*\s*|\n+""")  # noqa: RUF001
+_SENTENCE_END = re.compile(r"""(?<![.!?])[.!?]+["'”’)\]*_]*\s+|[。！？]+[”’）」』]*\s*|\n+""")  # noqa: RUF001
+_LEAD = 64  # characters before a full stop that are looked at: a text of many sentences is read once, not once for each
 _MARKER = re.compile(  # of the chat templates of Qwen, Llama 3, Gemma, Phi, Mistral, Zephyr, gpt-oss, DeepSeek
     r"<\|im_start\|>\s*(?P<a>\w+)|<\|start_header_id\|>\s*(?P<b>\w+)|<start_of_turn>\s*(?P<c>\w+)"
     r"|<\|(?P<d>system|user|assistant|tool)\|>|\[(?P<e>INST)\]|\[/(?P<f>INST)\]"
@@ -196,7 +197,11 @@ def _lines(text: str) -> Iterator[Begin]:
 def _sentences(text: str) -> Iterator[Begin]:
     yield 0, ""
     for match in _SENTENCE_END.finditer(text):
-        if match[0][0] == "." and "\n" not in match[0] and _ABBREVIATION.search(text, 0, match.start()):
+        if (
+            match[0][0] == "."
+            and "\n" not in match[0]
+            and _ABBREVIATION.search(text, max(0, match.start() - _LEAD), match.start())
+        ):
             continue
         if match.end() < len(text):
             yield match.end(), ""

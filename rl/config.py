@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, get_args
 
 import torch
@@ -99,6 +101,8 @@ class FlowConfig(Options):
         Raises:
             ValueError: an unknown key, or a value that cannot be read as what its key takes.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values must be a mapping of options, got {type(values).__name__}")
         known = {option.name: str(option.type) for option in fields(cls) if option.name != "scorer"}
         read = {}
         for name, value in values.items():
@@ -109,16 +113,25 @@ class FlowConfig(Options):
 
 
 def _plain(name: str, value: Any, kind: str) -> Any:
-    if not isinstance(value, str) or "str" in kind or kind == "Signs":
+    text = "str" in kind or kind == "Signs"
+    if not isinstance(value, str):
+        wanted = str if text else bool if "bool" in kind else Integral if "int" in kind else Real
+        is_none = value is None and "None" in kind
+        if not is_none and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
+            raise ValueError(f"{name} must be {kind}, got {reprlib.repr(value)}")
+        if isinstance(value, int) and abs(value) >= 2**63:  # a trainer's counts and seeds are of 64 bits
+            raise ValueError(f"{name} must fit 64 bits, got {reprlib.repr(value)}")
+        return value
+    if text:
         return value
     if value.lower() in ("none", "null") and "None" in kind:
         return None
     try:
         if "bool" in kind:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        return int(value) if "int" in kind else float(value)
+        return _plain(name, int(value), kind) if "int" in kind else float(value)
     except (KeyError, ValueError):
-        raise ValueError(f"{name} must be {kind}, got {value!r}") from None
+        raise ValueError(f"{name} must be {kind}, got {reprlib.repr(value)}") from None
 
 
 def _answer(name: str, value: Any, kind: str) -> Any:
@@ -126,8 +139,8 @@ def _answer(name: str, value: Any, kind: str) -> Any:
         return value
     try:
         return re.compile(value.removeprefix("re:"))
-    except re.error as error:
-        raise ValueError(f"{name} is no regular expression: {value!r}: {error}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name} is no regular expression: {reprlib.repr(value)}: {error}") from error
 
 
 def _edges(name: str, value: Any, kind: str) -> Any:
@@ -136,7 +149,11 @@ def _edges(name: str, value: Any, kind: str) -> Any:
         return value
     if not (isinstance(value, Mapping) and len(value) == 1 and (rule := next(iter(value))) in rules):
         raise ValueError(f"{name} must be one of {', '.join(rules)} with its number, as {{'top_k': 32}}; got {value!r}")
-    return rules[rule](int(value[rule]) if rule == "top_k" else float(value[rule]))
+    number = value[rule]
+    try:
+        return rules[rule](int(number) if rule == "top_k" else float(number))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} has {rule} {reprlib.repr(number)}: {error}") from error
 
 
 def _layers(name: str, value: Any, kind: str) -> Any:
@@ -144,12 +161,15 @@ def _layers(name: str, value: Any, kind: str) -> Any:
         return value
     try:
         return [int(layer) for layer in (value.strip("[]").split(",") if isinstance(value, str) else value)]
-    except (TypeError, ValueError):
-        raise ValueError(f'{name} must be "middle", "all" or layer numbers, got {value!r}') from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f'{name} must be "middle", "all" or layer numbers, got {reprlib.repr(value)}') from None
 
 
 def _heads(name: str, value: Any, kind: str) -> Any:
-    return HeadGroups.from_dict(value) if isinstance(value, Mapping) else value
+    try:
+        return HeadGroups.from_dict(value) if isinstance(value, Mapping) else value
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must hold lists of [layer, head]: {error}") from error
 
 
 _READERS = {"heads": _heads, "answer": _answer, "edges": _edges, "layers": _layers}
