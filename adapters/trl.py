@@ -272,7 +272,7 @@ class FlowMixin(_Base):
             trained = completion & _tool_mask(self._flow_tools, completion)
             batch = self._samples(input_ids, attention_mask.bool(), logits_to_keep, trained)
             self._flow_taken = _Taken(self._flow_tracer, batch)
-            with recording(model, layers=self.flow.layers, on_capture=self._flow_taken):
+            with recording(model, layers=self.flow.layers, on_capture=self._flow_taken, values=self._flow_values):
                 found = super()._get_per_token_logps_and_entropies(*inputs, **kwargs)
         else:
             found = super()._get_per_token_logps_and_entropies(*inputs, **kwargs)
@@ -280,6 +280,11 @@ class FlowMixin(_Base):
         return found
 
     # --- credits of a sharded policy ----------------------------------------------------------------------------------
+
+    @property
+    def _flow_values(self) -> bool:
+        """Are the norms of values wanted beside queries and keys?"""
+        return self.flow.weights == "value_norm"
 
     @property
     def _flow_tracer(self) -> Tracer:
@@ -306,7 +311,10 @@ class FlowMixin(_Base):
                 width = max((len(one) for one in samples), default=0)
                 ids = _laid_out([one.token_ids for one in samples], places, width) if part else dummy
                 real = _laid_out([torch.ones(len(one)).long() for one in samples], places, width) if part else dummy + 1
-                with recording(self.model, layers=self.flow.layers) as captures, self.accelerator.autocast():
+                with (
+                    recording(self.model, layers=self.flow.layers, values=self._flow_values) as captures,
+                    self.accelerator.autocast(),
+                ):
                     self.model(input_ids=ids.to(device), attention_mask=real.to(device), **extra)
                 if part:
                     scores = _scores(self._flow_tracer, samples, places, captures[0])

@@ -358,18 +358,26 @@ def layer_calls(model: Any) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [REUSES, {"num_iterations": 2}, REUSES | {"beta": 0.1}],
-    ids=["steps-per-generation", "iterations", "reference"],
+    ("changes", "weights"),
+    [
+        (REUSES, "attention"),
+        (REUSES, "value_norm"),
+        ({"num_iterations": 2}, "attention"),
+        (REUSES | {"beta": 0.1}, "attention"),
+    ],
+    ids=["steps-per-generation", "value-norm", "iterations", "reference"],
 )
-def test_credits_come_out_of_the_pass_for_old_log_probabilities(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_credits_come_out_of_the_pass_for_old_log_probabilities(
+    changes: dict[str, Any], weights: str, tmp_path: Path
+) -> None:
     """No layer runs once more than in plain GRPO, and the weights are those of a pass of its own."""
     prompts = PROMPTS[:4] * 2
     model = policy()
     model.save_pretrained(tmp_path / "model")  # the reference model of beta > 0 is loaded from there
     model.config._name_or_path = str(tmp_path / "model")
     plain_calls, our_calls, batches = [], [], []
-    for flow in (None, FlowConfig(answer=ANSWERS), FlowConfig(answer=ANSWERS, reuse=False)):
+    how = {"answer": ANSWERS, "weights": weights}
+    for flow in (None, FlowConfig(**how), FlowConfig(**how, reuse=False)):
         kind = GRPOTrainer if flow is None else FlowGRPOTrainer
         trainer = trainer_of(tmp_path, flow, kind=kind, model=copy.deepcopy(model), **changes)
         calls = layer_calls(trainer.model)
