@@ -1,7 +1,7 @@
 # Everything happens in .venv of this checkout; pip's own settings (PIP_INDEX_URL, ...) apply.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-verl test-fuzz lint types format bench bench-flashtrace bench-trl wheel clean
+.PHONY: help setup demo test test-long test-gpu test-verl test-fuzz lint types format bench bench-flashtrace bench-trl soak kill wheel clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -90,6 +90,12 @@ $(FLASHTRACE_READY): constraints.txt
 
 bench-trl: setup  ## time steps of TRL with and without credits (half an hour)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.trl_step
+
+soak: setup  ## score short rows for an hour: memory, rate, counts
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.soak $(SOAK_ARGS)
+
+kill: setup  ## kill 40 jobs of scoring and compare with an undisturbed one
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.kill
 
 wheel: setup  ## build the wheel and the source archive into dist/
 	@$(BIN)/python -m build --outdir dist .

@@ -1,10 +1,11 @@
-"""The files of `flowgraph score`: responses from JSON lines, their scores to Parquet.
+"""The rows of `flowgraph score`: what a row of responses may look like, and their scores in one Parquet file.
 
     lines(path) -> line number, bytes -> parse -> Record -> (traced by the caller) -> ScoreFile -> Parquet
     read_scores(path) -> its columns of one value per response -> with_labels -> those and fields of the JSON lines
 
-To Parquet a record at a time: memory does not grow with the file. A line that can't be used raises a ValueError
-that says why, and `ScoreFile` keeps such reasons in a file beside its own.
+`records_of` reads a row wherever it comes from: a line of JSON, a row of a table (inputs.py). To Parquet a record at a
+time: memory does not grow with the file. A row that can't be used raises a ValueError that says why, and `ScoreFile`
+keeps such reasons in a file beside its own. Scores in many files: shards.py.
 
 Left out: models and scores. This file knows what a row looks like, and nothing of how it is traced.
 """
@@ -45,28 +46,38 @@ its MEASURES; null stands for NaN: what this trace has not got."""
 _GROUP_ROWS, _GROUP_TOKENS = 1024, 1 << 20  # a row group is written when it holds so many
 
 
-# ------------------------------------------------------------------------- JSON lines
+# ------------------------------------------------------------------------- rows
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line: a prompt and the response to it.
+    """One response and the prompt to it.
 
     Attributes:
-        line: its number, from 1. id: the caller's name for it.
+        line: the number of its line or row, from 1. id: the caller's name for it.
         prompt: text, chat messages, or token ids. response: text, token ids (as the prompt), or None, where the last
             of the messages is the response.
+        choice: which response of its row, from 0. as_is: a text that no chat template is to be laid around.
     """
 
     line: int
     id: str | None
     prompt: str | list[dict[str, Any]] | list[int]
     response: str | list[int] | None
+    choice: int = 0
+    as_is: bool = False
 
     @property
     def has_ids(self) -> bool:
         """It comes as token ids, not as text."""
         return not isinstance(self.prompt, str) and isinstance(self.response, list)
+
+
+FIELDS = (
+    "id", "prompt_ids", "response_ids", "completion_ids", "prompt", "question", "messages", "input", "response",
+    "completion", "responses", "output",
+)  # fmt: skip
+"""The fields of a row that are looked at."""
 
 
 def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
@@ -95,17 +106,22 @@ def record_at(path: str | Path, line: int) -> Record:
 
 
 def parse(line: int, raw: bytes) -> Record:
-    """Read one line. The fields of a record are one of these, the first that is there; others are ignored:
-
-        {"prompt_ids": [..], "response_ids": [..]}       token ids
-        {"prompt": text or messages, "response": text}
-        {"question": text, "response": text}
-        {"messages": [.., {"role": "assistant", "content": text}]}     or without the last one and with "response"
-
-    and in each an `id`, if you like.
+    """Read one line with one response; see `row_of` and `records_of`.
 
     Raises:
         ValueError: what is wrong with the line.
+    """
+    found = records_of(line, row_of(raw))
+    if len(found) > 1:
+        raise ValueError(f'"responses" holds {len(found)} texts; give a file in which each has a line of its own')
+    return found[0]
+
+
+def row_of(raw: bytes) -> dict[str, Any]:
+    """The JSON object on a line.
+
+    Raises:
+        ValueError: there is none.
     """
     try:
         row = json.loads(raw.decode("utf-8"))
@@ -117,32 +133,74 @@ def parse(line: int, raw: bytes) -> Record:
         raise ValueError(f"not JSON that can be read: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"a line must hold one JSON object {{...}}, got {_kind(row)}")
+    return row
+
+
+def records_of(line: int, row: Mapping[str, Any]) -> list[Record]:
+    """The responses of one row. Its fields are one of these, the first that is there; others are ignored:
+
+        {"prompt_ids": [..], "response_ids": [..]}       token ids; also "completion_ids"
+        {"prompt": text or messages, "response": text}
+        {"question": text, "response": text}
+        {"messages": [.., {"role": "assistant", "content": text}]}     or without the last one and with "response"
+        {"prompt": text, "completion": text}             TRL: taken as it is, without a chat template
+        {"prompt": messages, "completion": messages}     TRL
+        {"prompt": messages, "responses": [text, ..]}    verl: each response is a record of its own
+        {"input": text, "output": text}                  verl's dumps: taken as it is, without a chat template
+
+    and in each an `id`, if you like.
+
+    Raises:
+        ValueError: what is wrong with the row.
+    """
     name = _name(row.get("id"))
     if "prompt_ids" in row or "response_ids" in row:
-        return Record(line, name, _ids(row, "prompt_ids"), _ids(row, "response_ids"))
-    key = next((key for key in ("prompt", "question", "messages") if key in row), None)
+        written = "completion_ids" if "response_ids" not in row and "completion_ids" in row else "response_ids"
+        return [Record(line, name, _ids(row, "prompt_ids"), _ids(row, written))]
+    key = next((key for key in ("prompt", "question", "messages", "input") if key in row), None)
     if key is None:
         raise ValueError(
             'no prompt: a line needs "prompt", "question", "messages" or "prompt_ids"; '
             f"this one has {', '.join(map(repr, row)) or 'no field'}"
         )
     prompt = row[key]
-    if isinstance(prompt, list) and key != "question":
-        _check_messages(key, prompt)
-        if key == "messages" and "response" not in row:
-            return Record(line, name, prompt, None)
+    of_input = ("output",) if key == "input" else ()
+    said = next((name for name in ("response", "completion", "responses", *of_input) if name in row), None)
+    if isinstance(prompt, list) and key in ("prompt", "messages"):
+        prompt = _messages(key, prompt)
+        if key == "messages" and said is None:
+            return [Record(line, name, prompt, None)]
     elif key == "messages" or not isinstance(prompt, str):
-        wanted = {"prompt": "text or a list of messages", "question": "text", "messages": "a list of messages"}[key]
+        wanted = {"prompt": "text or a list of messages", "messages": "a list of messages"}.get(key, "text")
         raise ValueError(f'"{key}" must be {wanted}, got {_kind(prompt)}')
     else:
         _check_text(key, prompt)
-    if "response" not in row:
+    if said is None:
+        if "chosen" in row:
+            raise ValueError('"chosen" and "rejected" are a pair of preferences; give each a line with "response"')
         raise ValueError(f'no response: beside "{key}" a line needs "response", the text that the model wrote')
-    response = row["response"]
+    response = row[said]
+    if said == "responses":
+        return _several(line, name, prompt, response)
+    if said == "completion" and isinstance(response, list):
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [Record(line, name, [*before, *_messages(said, response)], None)]
     if not isinstance(response, str):
-        raise ValueError(f'"response" must be text, got {_kind(response)}')
-    _check_text("response", response)
-    return Record(line, name, prompt, response)
+        raise ValueError(f'"{said}" must be text, got {_kind(response)}')
+    _check_text(said, response)
+    as_is = isinstance(prompt, str) and said in ("completion", "output")
+    return [Record(line, name, prompt, response, as_is=as_is)]
+
+
+def _several(line: int, name: str | None, prompt: Any, responses: Any) -> list[Record]:
+    if not isinstance(responses, list) or not responses:
+        came = "an empty list" if responses == [] else _kind(responses)
+        raise ValueError(f'"responses" must be a list of texts, got {came}')
+    for choice, response in enumerate(responses):
+        if not isinstance(response, str):
+            raise ValueError(f'"responses"[{choice}] must be text, got {_kind(response)}')
+        _check_text(f"responses[{choice}]", response)
+    return [Record(line, name, prompt, response, choice) for choice, response in enumerate(responses)]
 
 
 def _name(value: Any) -> str | None:
@@ -155,7 +213,7 @@ def _name(value: Any) -> str | None:
     return str(value)
 
 
-def _ids(row: dict[str, Any], key: str) -> list[int]:
+def _ids(row: Mapping[str, Any], key: str) -> list[int]:
     if key not in row:
         raise ValueError(f'no "{key}": "prompt_ids" and "response_ids" come together')
     ids = row[key]
@@ -167,7 +225,8 @@ def _ids(row: dict[str, Any], key: str) -> list[int]:
     return ids
 
 
-def _check_messages(key: str, messages: list[Any]) -> None:
+def _messages(key: str, messages: list[Any]) -> list[dict[str, Any]]:
+    """Chat messages, checked; without keys that are null, as tables fill them in."""
     if not messages:
         raise ValueError(f'"{key}" is an empty list of messages')
     for place, message in enumerate(messages):
@@ -178,6 +237,8 @@ def _check_messages(key: str, messages: list[Any]) -> None:
             _check_encodable(f"{key}[{place}].content", content)
         elif not isinstance(content, list | None):  # a list of parts; None beside tool calls
             raise ValueError(f'"{key}"[{place}]: "content" must be text, got {_kind(content)}')
+    keep = ("role", "content")
+    return [{k: v for k, v in message.items() if v is not None or k in keep} for message in messages]
 
 
 def _check_text(key: str, text: str) -> None:
@@ -195,11 +256,11 @@ def _check_encodable(key: str, text: str) -> None:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "null" if value is None else names[type(value)]
+    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, default=repr)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
@@ -287,20 +348,26 @@ class ScoreFile:
 
 
 def read_scores(path: str | Path) -> pa.Table:
-    """The columns of a Parquet file that have one value per response; its lists per token are not read.
+    """The columns of a Parquet file, or of a folder of scores, that have one value per response.
+
+    Lists per token are not read.
 
     Raises:
         ValueError: it is no Parquet file, or has no rows.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from error
-    with file:
-        plain = [field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)]
-        table = file.read(columns=plain)
+    paths = sorted(Path(path).glob("part-*.parquet")) if Path(path).is_dir() else [Path(path)]
+    if not paths or not all(one.is_file() for one in paths):
+        raise ValueError(f"there is no file {path}" if not Path(path).is_dir() else f"{path} has no part-*.parquet")
+    tables = []
+    for one in paths:
+        try:
+            file = pq.ParquetFile(one)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{one} is no Parquet file: {error}") from error
+        with file:
+            plain = [field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+            tables.append(file.read(columns=plain).replace_schema_metadata())
+    table = pa.concat_tables(tables)
     if not table.num_rows:
         raise ValueError(f"{path} has no rows")
     return table

@@ -1,4 +1,4 @@
-"""The command line: flowgraph trace, report, score, compare, stability, doctor and demo.
+"""The command line: flowgraph trace, report, score, compare, stability, plan, doctor and demo.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 all fine; 1 it could not be done, and one line
 says why; 2 wrong usage; 3 `score` or `stability` finished, but set some lines aside; 130 stopped by Ctrl-C.
@@ -14,7 +14,6 @@ import functools
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -105,6 +104,7 @@ def trace_command(
     layers: options.Layers = "middle",
     preset: options.Preset = "flowgraph",
     mode: options.Mode = "auto",
+    weights: options.Weights = "attention",
     edges: options.Edges = "auto",
     answer: options.Answer = "auto",
     answer_regex: options.AnswerRegex = None,
@@ -117,6 +117,9 @@ def trace_command(
     tail_tokens: options.TailTokens = 16,
     max_tokens: options.MaxTokens = None,
     solver: options.Solver = "auto",
+    chunk: options.Chunk = "auto",
+    offload: options.Offload = False,
+    memory: options.Memory = None,
     absorb_at_prompt: options.AbsorbAtPrompt = False,
     temperature: options.Temperature = 1.0,
     dtype: options.Dtype = "auto",
@@ -174,7 +177,7 @@ def _given(given: Mapping[str, Any]) -> Any:
         if (text is None) == (file is None):
             remedy = ("or --jsonl" if "jsonl" in given else "or IN") if text is None else "not both"
             raise typer.BadParameter(f"give --{name} or --{name}-file, {remedy}")
-    return Record(1, None, *[_text(name, *pair) for name, pair in texts.items()])
+    return Record(1, None, _text("prompt", *texts["prompt"]), _text("response", *texts["response"]))
 
 
 def _text(name: str, text: str | None, file: Path | None) -> str:
@@ -245,6 +248,7 @@ def report_command(
     layers: options.Layers = "middle",
     preset: options.Preset = "flowgraph",
     mode: options.Mode = "auto",
+    weights: options.Weights = "attention",
     edges: options.Edges = "auto",
     answer: options.Answer = "auto",
     answer_regex: options.AnswerRegex = None,
@@ -257,6 +261,9 @@ def report_command(
     tail_tokens: options.TailTokens = 16,
     max_tokens: options.MaxTokens = None,
     solver: options.Solver = "auto",
+    chunk: options.Chunk = "auto",
+    offload: options.Offload = False,
+    memory: options.Memory = None,
     absorb_at_prompt: options.AbsorbAtPrompt = False,
     temperature: options.Temperature = 1.0,
     dtype: options.Dtype = "auto",
@@ -359,17 +366,26 @@ def _chosen(source: Path, ranges: Sequence[range] | None) -> Iterator[tuple[int,
 
 # ------------------------------------------------------------------------- score
 
+SCALE = "Many rollouts"
+_WORKERS = "Processes or actors, each with a model. Default: one per GPU of this machine."
+_SHARD_ROWS = "Rows of one part of OUT, which is a folder then. Default: 1000."
+_ROW_BYTES = "Set larger rows aside before they are parsed."
+_REPRODUCIBLE = "One row at a time in one thread: the same files to the byte on one kind of device."
+_FINGERPRINT = "Of IN: quick (size, time, both ends) or full (a hash of all of it, which copies share)."
+_IO_TIMEOUT = "Stop if reading or writing a part takes so long."
+
 
 @app.command("score")
 @_command
 def score_command(
     context: typer.Context,  # holds all of these by name; options.load picks out what it needs
-    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One response per line.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="One row per response that could be traced.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Responses: a file, a folder, a data set on disk.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="OUT.parquet, or a folder of such files.")],
     model: options.Model,
     layers: options.Layers = "middle",
     preset: options.Preset = "flowgraph",
     mode: options.Mode = "auto",
+    weights: options.Weights = "attention",
     edges: options.Edges = "auto",
     answer: options.Answer = "auto",
     answer_regex: options.AnswerRegex = None,
@@ -382,31 +398,48 @@ def score_command(
     tail_tokens: options.TailTokens = 16,
     max_tokens: options.MaxTokens = None,
     solver: options.Solver = "auto",
+    chunk: options.Chunk = "auto",
+    offload: options.Offload = False,
+    memory: options.Memory = None,
     absorb_at_prompt: options.AbsorbAtPrompt = False,
     temperature: options.Temperature = 1.0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     chat: options.Chat = None,
+    engine: Annotated[str, options.choice(SCALE, "--engine", ("local", "ray"), "local, or ray: Ray Data.")] = "local",
+    workers: Annotated[int | None, option(SCALE, "--workers", _WORKERS, "N", min=1)] = None,
+    address: Annotated[str | None, option(SCALE, "--address", "Of the Ray cluster: auto, or a host.", "HOST")] = None,
+    gpus: Annotated[float, option(SCALE, "--gpus-per-worker", "Of each Ray actor.", "N", min=0)] = 0,
+    shard_rows: Annotated[int | None, option(SCALE, "--shard-rows", _SHARD_ROWS, "N", min=1)] = None,
+    batch_tokens: Annotated[int, option(SCALE, "--batch-tokens", "Of one forward pass, with pads.", "N", min=1)] = 4096,
+    max_row_bytes: Annotated[int, option(SCALE, "--max-row-bytes", _ROW_BYTES, "N", min=1)] = 1 << 24,
+    reproducible: Annotated[bool, option(SCALE, "--reproducible", _REPRODUCIBLE)] = False,
+    fingerprint: Annotated[str, options.choice(SCALE, "--fingerprint", ("quick", "full"), _FINGERPRINT)] = "quick",
+    io_timeout: Annotated[float, option(SCALE, "--io-timeout", _IO_TIMEOUT, "SECONDS", min=0.1)] = 600,
     with_measures: Annotated[bool, option(OUTPUT, "--measures", "Add the measures of each trace as columns.")] = False,
-    overwrite: Annotated[bool, option(OUTPUT, "--overwrite", "Replace OUT if it exists.")] = False,
+    with_graphs: Annotated[bool, option(OUTPUT, "--graphs", "Keep each graph too, in a folder OUT.")] = False,
+    overwrite: Annotated[bool, option(OUTPUT, "--overwrite", "Replace OUT, or what is in it.")] = False,
     quiet: Annotated[bool, option(OUTPUT, "--quiet -q", "No progress and no summary.")] = False,
     verbose: options.Verbose = False,
     traceback: options.Traceback = False,
 ) -> None:
-    """Score every response of a file: one row of per-token credits each.
+    """Score every response of a file or of many files: one row of per-token credits each.
 
     [bold]Examples[/]
     flowgraph score rollouts.jsonl scores.parquet -m Qwen/Qwen3-4B --answer boxed
     flowgraph score rollouts.jsonl scores.parquet -m ./model --measures
+    flowgraph score rollouts/ scores/ -m ./model     # again after a stop: goes on
+    flowgraph score rollouts/ scores/ -m ./model --engine ray --workers 8
 
-    [bold]IN[/] has one of these on each line, with an "id" if you like:
+    [bold]IN[/] has JSON lines, Parquet or data sets on disk. A row has one of
+    these, with an "id" if you like; docs/scale.md lists those of trainers:
       {"prompt": text or messages, "response": text}
       {"question": text, "response": text}
       {"messages": \\[..., {"role": "assistant", "content": text}]}
       {"prompt_ids": \\[...], "response_ids": \\[...]}
 
     [bold]OUT[/] has the columns
-      line                 number of the line in IN, from 1
+      line                 number of the line or row in IN, from 1
       id                   as in IN, or null
       prompt_tokens, response_tokens
       response_token_ids   and, for each of these tokens, three lists:
@@ -427,109 +460,122 @@ def score_command(
       question_share, prompt_share, response_share, sink_share,
       digit_share, operator_share, delimiter_share, word_share,
       digit_lift, operator_lift, delimiter_lift, word_lift, unlisted_share
+    and in a folder these, which make the join exact and say how exact a row is:
+      file, choice (which response of its row), dropped, unabsorbed, unlisted
 
-    Lines that can't be used go to OUT.errors.jsonl as {"line", "reason"}, and
-    the exit code is 3. OUT appears when it is complete: a run that was stopped
-    leaves none.
+    Rows that can't be used go to OUT.errors.jsonl, or to OUT/_failed/, with
+    the reason, and the exit code is 3. OUT.parquet appears when it is complete;
+    a folder keeps every part that was finished, and the same command goes on.
     """
-    from flowgraph.adapters.records import ScoreFile, errors_path, lines, parse
+    from flowgraph.adapters.records import errors_path
 
-    _check_files(source, out, overwrite)
+    is_folder = shard_rows is not None or out.suffix != ".parquet"
+    if not is_folder and (engine != "local" or (workers or 1) > 1 or with_graphs):
+        raise typer.BadParameter("--engine ray, --workers and --graphs need a folder as OUT: a name without .parquet")
     with terminal.hushed(verbose):
-        from flowgraph.measures import MEASURES
-
-        tracer, is_chat = options.load(context.params)
-        done = _Done()
-        with (
-            ScoreFile(out, _metadata(model, tracer, is_chat), MEASURES if with_measures else ()) as file,
-            terminal.progress(source.stat().st_size, done, quiet) as advance,
-        ):
-            for number, raw in lines(source):
-                try:
-                    record = parse(number, raw)
-                    trace = _trace(tracer, record, is_chat)
-                    row = _row(record, trace) | (_measures(trace) if with_measures else {})
-                except Exception as error:  # nothing in one line may stop the run; the reason is kept
-                    file.set_aside(number, terminal.reason(error))
-                    done.aside += 1
-                else:
-                    file.add(row)
-                    done.rows += 1
-                    done.tokens += len(trace)
-                    done.flags.update(trace.flags)
-                advance(len(raw))
-            if not done.rows + done.aside:
-                raise ValueError(f"{source} is empty: there is no line to score")
+        tally = (_score_to_folder if is_folder else _score_to_file)(source, out, context.params)
     if not quiet:
-        seconds = done.seconds
-        rates = f"{done.rows / seconds:.1f} rows/s, {done.tokens / seconds:,.0f} tokens/s"
-        terminal.tell(f"{out}: {done.rows:,} rows in {seconds:.1f} s ({rates})")
-        for flag, count in done.flags.most_common():
-            terminal.tell(f"{flag}: {count:,} of {done.rows:,} rows")
-        if done.aside:
-            lines_read = done.rows + done.aside
-            terminal.tell(f"set aside: {done.aside:,} of {lines_read:,} lines, see {errors_path(out)}", style="yellow")
-    if done.aside:
+        rates = f"{tally.rate:.1f} rows/s, {tally.token_rate:,.0f} tokens/s"
+        terminal.tell(f"{out}: {tally.written:,} rows in {tally.seconds:.1f} s ({rates})")
+        for flag, count in tally.flags.most_common():
+            terminal.tell(f"{flag}: {count:,} of {tally.written:,} rows")
+        if tally.failed:
+            total, where = tally.written + tally.failed, out / "_failed" if is_folder else errors_path(out)
+            terminal.tell(f"set aside: {tally.failed:,} of {total:,} lines, see {where}", style="yellow")
+    if tally.failed:
         raise typer.Exit(3)
 
 
-class _Done:
-    """What `score` has done so far."""
+def _score_to_file(source: Path, out: Path, given: Mapping[str, Any]) -> Any:
+    """All rows into one file, in this process."""
+    from flowgraph.adapters import inputs, scoring, shards
+    from flowgraph.adapters.records import ScoreFile
+    from flowgraph.measures import MEASURES
 
-    def __init__(self) -> None:
-        self.rows = self.aside = self.tokens = 0
-        self.flags: Counter[str] = Counter()
-        self._begun = time.perf_counter()
+    _check_files(source, out, given["overwrite"])
+    (one,) = inputs.sources(source)
+    known = {one.name: inputs.fingerprint(one)}
+    plan = shards.Manifest({}, known, inputs.plan([one], max_row_bytes=given["max_row_bytes"]))
+    tracer, chat = options.load(given)
+    worker = scoring.Worker(_job(given, [one], plan), model=(tracer, chat))
+    settings = tracer.options.to_dict() | {"chat": chat}
+    metadata = {"version": __version__, "model": given["model"], "options": json.dumps(settings)}
+    tally = scoring.Tally(plan.rows)
+    with (
+        ScoreFile(out, metadata, MEASURES if given["with_measures"] else ()) as file,
+        terminal.progress(plan.rows, tally, given["quiet"]) as advance,
+    ):
 
-    @property
-    def seconds(self) -> float:
-        return max(time.perf_counter() - self._begun, 1e-9)
+        def heard(rows: float, results: Sequence[Any]) -> None:
+            tally.add_results(rows, results)
+            advance(rows)
 
-    def __str__(self) -> str:
-        aside = f", {self.aside:,} set aside" if self.aside else ""
-        return f"{self.rows:,} rows, {self.rows / self.seconds:.1f}/s{aside}"
+        scoring.to_file(worker, file, heard)
+    return tally
+
+
+def _score_to_folder(source: Path, out: Path, given: Mapping[str, Any]) -> Any:
+    """All rows into a folder of shards, by an engine; those that are there already stay."""
+    from flowgraph.adapters import engines, inputs, scoring
+
+    names = ("engine", "address", "gpus", "device")
+    how = {"name" if name == "engine" else name: given[name] for name in names}
+    engine = engines.Engine(
+        **how, workers=given["workers"] or engines.default_workers(given["engine"], given["device"])
+    )
+    settings = {
+        "version": __version__,
+        "model": given["model"],
+        "options": options.tracer_options(given).to_dict(),
+        **{name: given[name] for name in ("chat", "dtype", "with_measures", "with_graphs", "reproducible")},
+    }
+    manifest, goes_on = engines.prepare(
+        source,
+        out,
+        settings,
+        how=given["fingerprint"],
+        shard_rows=given["shard_rows"] or 1000,
+        max_row_bytes=given["max_row_bytes"],
+        overwrite=given["overwrite"],
+    )
+    job = _job(given, inputs.sources(source), manifest, out)
+    tally = scoring.Tally(manifest.rows)
+    if goes_on and not given["quiet"]:
+        terminal.say(f"going on with {out}: what is finished stays")
+    with terminal.progress(manifest.rows, tally, given["quiet"]) as advance:
+        engines.score(job, engine, tally, advance=advance)
+    return tally
+
+
+def _job(given: Mapping[str, Any], found: Sequence[Any], manifest: Any, out: Path | None = None) -> Any:
+    """A `Job` of adapters/scoring.py as the command's parameters have it."""
+    from flowgraph.adapters import scoring
+
+    limits = {name: given[name] for name in ("batch_tokens", "max_row_bytes", "io_timeout")}
+    return scoring.Job(
+        {one.name: one for one in found},
+        manifest,
+        out or Path(),
+        scoring.Model(options.load, dict(given)),
+        scoring.Limits(**limits),
+        measures=given["with_measures"],
+        graphs=given["with_graphs"],
+        reproducible=given["reproducible"],
+        overwrite=given["overwrite"],
+    )
 
 
 def _check_files(source: Path, out: Path, overwrite: bool) -> None:
     if not source.is_file():
-        raise ValueError(f"IN: {source} is a folder" if source.is_dir() else f"IN: there is no file {source}")
-    if source.stat().st_size == 0:
-        raise ValueError(f"IN: {source} is empty: there is no line to score")
+        raise ValueError(
+            f"IN: {source} is a folder: OUT has to be one, too" if source.is_dir() else f"IN: there is no file {source}"
+        )
     if out.is_dir():
         raise ValueError(f"OUT: {out} is a folder; give the name of a file")
     if out.exists() and out.samefile(source):
         raise ValueError(f"IN and OUT are the same file, {out}")
     if out.exists() and not overwrite:
         raise ValueError(f"OUT: {out} exists; --overwrite replaces it")
-
-
-def _metadata(model: str, tracer: Tracer, chat: bool) -> dict[str, str]:
-
-    settings = tracer.options.to_dict() | {"chat": chat}
-    return {"version": __version__, "model": model, "options": json.dumps(settings)}
-
-
-def _row(record: Any, trace: Trace) -> dict[str, Any]:
-    graph, response = trace.graph, trace.graph.response_mask
-    return {
-        "line": record.line,
-        "id": record.id,
-        "prompt_tokens": int(graph.prompt_mask.sum()),
-        "response_tokens": int(response.sum()),
-        "response_token_ids": graph.token_ids[response].tolist(),
-        "weights": trace.weights[response].tolist(),
-        "throughput": trace.throughput[response].tolist(),
-        "reach": trace.reach[response].tolist(),
-        "answer": trace.answer,
-        "flags": list(trace.flags),
-    }
-
-
-def _measures(trace: Trace) -> dict[str, float]:
-    """Those that the trace has."""
-    from flowgraph.measures import measures, rows
-
-    return next(iter(rows(measures(trace.flow, [trace.text]))))
 
 
 # ------------------------------------------------------------------------- compare
@@ -672,6 +718,18 @@ def _labels(table: Any) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------- stability
 
 
+class _Done:
+    """What `stability` has done so far."""
+
+    def __init__(self) -> None:
+        self.rows = self.aside = 0
+        self._begun = time.perf_counter()
+
+    def __str__(self) -> str:
+        aside = f", {self.aside:,} set aside" if self.aside else ""
+        return f"{self.rows:,} rows, {self.rows / max(time.perf_counter() - self._begun, 1e-9):.1f}/s{aside}"
+
+
 @app.command("stability")
 @_command
 def stability_command(
@@ -686,6 +744,7 @@ def stability_command(
     layers: options.Layers = "middle",
     preset: options.Preset = "flowgraph",
     mode: options.Mode = "auto",
+    weights: options.Weights = "attention",
     edges: options.Edges = "auto",
     answer: options.Answer = "auto",
     answer_regex: options.AnswerRegex = None,
@@ -698,6 +757,9 @@ def stability_command(
     tail_tokens: options.TailTokens = 16,
     max_tokens: options.MaxTokens = None,
     solver: options.Solver = "auto",
+    chunk: options.Chunk = "auto",
+    offload: options.Offload = False,
+    memory: options.Memory = None,
     absorb_at_prompt: options.AbsorbAtPrompt = False,
     temperature: options.Temperature = 1.0,
     dtype: options.Dtype = "auto",
@@ -787,6 +849,69 @@ def stability_command(
         terminal.say(f"line {line} set aside: {why}", style="yellow")
     if aside:
         raise typer.Exit(3)
+
+
+# ------------------------------------------------------------------------- plan
+
+
+@app.command("plan")
+@_command
+def plan_command(
+    context: typer.Context,  # holds all of these by name; options.tracer_options picks out what it needs
+    model: options.Model,
+    tokens: Annotated[int, option(options.INPUT, "--tokens -n", "Length of the trace.", "N", min=2)],
+    memory: options.Memory = None,
+    layers: options.Layers = "middle",
+    mode: options.Mode = "auto",
+    weights: options.Weights = "attention",
+    edges: options.Edges = "auto",
+    chunk: options.Chunk = "auto",
+    offload: options.Offload = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    verbose: options.Verbose = False,
+    traceback: options.Traceback = False,
+) -> None:
+    """Predict the peak of memory of a trace in every mode, and what fits a budget. Nothing runs, no weights are read.
+
+    [bold]Examples[/]
+    flowgraph plan -m smollm2 --tokens 8192
+    flowgraph plan -m ./model --tokens 32768 --memory 2GB
+
+    Memory is that above the model. With --memory the setting that a trace
+    would take comes last; if none fits, the exit code is 1.
+    """
+    rest = {"answer_regex": None, "rule": "top", "top": 0.4, "gain": 1.5, "temperature": 1.0}
+    asked = options.tracer_options({**context.params, **rest})
+    with terminal.hushed(verbose):
+        skeleton, place = options.outline(model, dtype, device)
+        from dataclasses import replace
+        from itertools import product
+
+        from rich.table import Table
+
+        from flowgraph.memory import in_words, plan
+
+        modes = ["edges", "sparse", "exact"] if mode == "auto" else [mode]
+        chunks = [None, *(size for size in (4096, 1024, 256) if size < tokens)] if chunk == "auto" else [chunk]
+        offloads = [False, True] if place.type != "cpu" and not offload else [offload]
+        table = Table(box=None, pad_edge=False)
+        for heading in ("mode", "chunk", "offload", "peak", "at", "of which"):
+            table.add_column(heading, justify="right" if heading in ("chunk", "peak") else "left")
+        for setting in product(modes, chunks, offloads):
+            free = replace(asked, memory=None, mode=setting[0], chunk=setting[1], offload=setting[2])
+            one = plan(skeleton, tokens, free, device=place)
+            part = max(one.parts, key=lambda name: one.parts[name])
+            fits = "" if memory is None else "green" if one.peak_bytes <= memory else "red"
+            where = (in_words(one.peak_bytes), one.largest, f"{part} {in_words(one.parts[part])}")
+            table.add_row(one.mode, str(one.chunk or "none"), "yes" if one.offload else "no", *where, style=fits)
+        terminal.stdout().print(table)
+        chosen = plan(skeleton, tokens, asked, device=place)
+    if chosen.rough:
+        terminal.say(f"these numbers are rough: the model has {chosen.rough}")
+    said = f"mode {chosen.mode}, chunk {chosen.chunk or 'none'}{', offload' * chosen.offload}: "
+    said += in_words(chosen.peak_bytes) + ("" if memory is None else f" of {in_words(memory)}")
+    terminal.tell(said, style="" if memory is None else "bold green")
 
 
 # ------------------------------------------------------------------------- doctor

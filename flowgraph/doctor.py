@@ -25,6 +25,7 @@ EXTRAS = {  # extra of pyproject.toml -> module: distribution
     "trl": {"trl": "trl"},
     "ray": {"ray": "ray"},
     "analysis": {"pandas": "pandas"},
+    "datasets": {"datasets": "datasets"},
     "report": {"plotly": "plotly"},
     "demo": {"gguf": "gguf"},
 }

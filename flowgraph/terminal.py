@@ -115,7 +115,7 @@ def status(message: str, quiet: bool) -> Iterator[None]:
 
 
 @contextmanager
-def progress(total: int, state: object, quiet: bool, every: float = 60) -> Iterator[Callable[[int], None]]:
+def progress(total: int, state: object, quiet: bool, every: float = 60) -> Iterator[Callable[[float], None]]:
     """Gives a function to call with how much of `total` has just been done.
 
     Shows `str(state)` beside a bar on a terminal, and in a line each `every` seconds in a log.
@@ -129,7 +129,7 @@ def progress(total: int, state: object, quiet: bool, every: float = 60) -> Itera
         return
     said = time.perf_counter()
 
-    def advance(size: int) -> None:
+    def advance(size: float) -> None:
         nonlocal said
         if not quiet and time.perf_counter() - said >= every:
             said = time.perf_counter()

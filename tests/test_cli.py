@@ -166,6 +166,21 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return calls
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
+    """The options of each trace, one by one or in a batch."""
+    calls: list[Options] = []
+    original = Tracer.from_ids
+
+    def spy(self: Tracer, *args: Any, **kwargs: Any) -> Any:
+        if self.tokenizer is not None:  # without one: the try-out when a model is loaded
+            calls.append(self.options)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tracer, "from_ids", spy)
+    return calls
+
+
 OPTIONS: list[tuple[list[str], Options]] = [
     ([], Options()),
     (
@@ -191,12 +206,12 @@ OPTIONS: list[tuple[list[str], Options]] = [
 
 @pytest.mark.parametrize(("arguments", "expected"), OPTIONS)
 def test_every_option_reaches_the_tracer(
-    folder: Path, tmp_path: Path, seen: Seen, arguments: list[str], expected: Options
+    folder: Path, tmp_path: Path, told: list[Options], arguments: list[str], expected: Options
 ) -> None:
     good(*trace(folder, "-q", *arguments))
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": PROMPT, "response": RESPONSE}))
     good("score", tmp_path / "in.jsonl", tmp_path / "out.parquet", "-m", folder, "-q", *arguments)
-    assert [options for options, *_ in seen] == [expected, expected]
+    assert told == [expected, expected]
 
 
 def test_some_options_differ_from_the_default_in_every_field() -> None:
@@ -336,7 +351,7 @@ def test_a_long_prompt_is_shortened_on_the_terminal(folder: Path, monkeypatch: p
         (["-p", PROMPT, "-r", RESPONSE, "--answer", "box"], "auto, boxed, ####"),
         (["-p", PROMPT, "-r", RESPONSE, "--answer-regex", "("], "no regular expression"),
         (["-p", PROMPT, "-r", RESPONSE, "--solver", "magic"], "scatter, scipy, reference"),
-        (["-p", PROMPT, "-r", RESPONSE, "--mode", "fast"], "auto, edges, exact"),
+        (["-p", PROMPT, "-r", RESPONSE, "--mode", "fast"], "is not one of auto, edges"),
         (["-p", PROMPT, "-r", RESPONSE, "--mode", "exact", "--solver", "scipy"], "has a solver of its own"),
         (["-p", PROMPT, "-r", RESPONSE, "--question", "all"], "prompt, user"),
         (["-p", PROMPT, "-r", RESPONSE, "--no-answer", "none"], "uniform, tail"),
@@ -454,7 +469,7 @@ def rows(tmp_path: Path) -> Path:
 
 def test_score_gives_each_response_its_credits(folder: Path, tokenizer: Any, rows: Path) -> None:
     out = rows.with_name("out.parquet")
-    result = good("score", rows, out, "-m", folder, "--rule", "proportional")
+    result = good("score", rows, out, "-m", folder, "--rule", "proportional", "--reproducible")
     assert "3 rows" in result.stdout
     assert "no_answer: 1 of 3 rows" in result.stdout
     table = pq.read_table(out)
@@ -509,14 +524,16 @@ def test_score_refuses_before_it_loads_a_model(rows: Path, tmp_path: Path) -> No
     missing = "./nowhere"  # would be complained about, if it came to that
     for source, out, reason in (
         (tmp_path / "none.jsonl", tmp_path / "o", "IN: there is no file"),
-        (tmp_path, tmp_path / "o", "is a folder"),
+        (tmp_path, tmp_path / "o", "one is in the other"),
+        (tmp_path, tmp_path / "o.parquet", "is a folder: OUT has to be one, too"),
         (empty, tmp_path / "o", "is empty: there is no line to score"),
         (rows, old, "exists; --overwrite replaces it"),
-        (rows, tmp_path, "is a folder"),
-        (rows, rows, "IN and OUT are the same file"),
+        (rows, tmp_path, "is a folder of something else"),
+        (rows, rows, "is a file; the name of one must end in .parquet"),
     ):
         assert reason in refused(1, "score", source, out, "-m", missing)
-    assert "same file" in refused(1, "score", rows, rows, "-m", missing, "--overwrite")
+    rows.rename(same := tmp_path / "same.parquet")
+    assert "same file" in refused(1, "score", same, same, "-m", missing, "--overwrite")
     assert old.read_bytes() == b"old"
     assert not (tmp_path / "o").exists()
 
@@ -698,7 +715,7 @@ def scored(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     source, out = place / "in.jsonl", place / "scores.parquet"
     last = LABELLED[-1] | {"response": "I do not know"}
     source.write_text("\n".join(map(json.dumps, [*LABELLED[:-1], last])))
-    good("score", source, out, "-m", folder, "--measures", "-q")
+    good("score", source, out, "-m", folder, "--measures", "-q", "--reproducible")
     return source, out
 
 

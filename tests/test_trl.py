@@ -376,7 +376,7 @@ def test_credits_come_out_of_the_pass_for_old_log_probabilities(
     model.save_pretrained(tmp_path / "model")  # the reference model of beta > 0 is loaded from there
     model.config._name_or_path = str(tmp_path / "model")
     plain_calls, our_calls, batches = [], [], []
-    how = {"answer": ANSWERS, "weights": weights}
+    how: dict[str, Any] = {"answer": ANSWERS, "weights": weights}
     for flow in (None, FlowConfig(**how), FlowConfig(**how, reuse=False)):
         kind = GRPOTrainer if flow is None else FlowGRPOTrainer
         trainer = trainer_of(tmp_path, flow, kind=kind, model=copy.deepcopy(model), **changes)
