@@ -78,6 +78,8 @@ class Tables:
                 columns["text"] = what.text
         about = {"format": FORMAT, "model": graph.model, "layers": list(graph.layers), "rule": graph.rule}
         about["dtype"] = str(graph.edge_weight.dtype).removeprefix("torch.")
+        if graph.num_pools:
+            about["pools"] = graph.num_pools
         return cls(columns, {name: _array(values) for name, values in edges.items()}, about)
 
     def graph(self) -> TokenGraph:
@@ -91,6 +93,11 @@ class Tables:
                 raise ValueError(f"{name} must be names and values, got {type(getattr(self, name)).__name__}")
         if self.about.get("format") != FORMAT:
             raise ValueError(f"its format is {reprlib.repr(self.about.get('format'))}, not {FORMAT!r}")
+        if self.about.get("pools"):
+            raise ValueError(
+                "the graph had pools, which tables don't hold, and its edges alone give another flow; use "
+                "TokenGraph.save and load"
+            )
         if missing := [name for name in _NODES if name not in self.nodes]:
             raise ValueError(f"the nodes have no {', '.join(missing)}")
         if missing := [name for name in _EDGES if name not in self.edges]:

@@ -189,10 +189,10 @@ def _check_length(tracer: Tracer, tokens: int) -> None:
 def certificate(trace: Trace, estimates: bool) -> dict[str, float | None]:
     """How exact a row is, by the names of shards.CERTIFICATE.
 
-    `dropped`: attention per token that became no edge; `lost`: what of it went nowhere, neither through pools nor into
-    an exact flow. `unabsorbed`: flow that was sent and did not arrive. `unlisted`: flow on edges that the graph does
-    not list. `reach_bound`, `flow_bound`, `top_overlap`: of `flowgraph.Certificate`, the first two at their largest;
-    the last takes some solves more, and is None without `estimates`.
+    `dropped`: attention per token that is in no edge of the graph; `lost`: what of it went nowhere, neither through
+    pools nor into an exact flow. `unabsorbed`: flow that was sent and did not arrive. `unlisted`: flow on edges that
+    the graph does not list. `reach_bound`, `flow_bound`, `top_overlap`: of `flowgraph.Certificate`, the first two at
+    their largest; the last takes some solves more, and is None without `estimates`.
     """
     flow, absorb = trace.flow, trace.options.absorb_at_prompt
     found = trace.certificate if estimates else certify(flow, absorb_at_prompt=absorb)

@@ -34,11 +34,11 @@ from flowgraph.graph import TokenGraph, graph_ptr
 from flowgraph.pools import expand
 from flowgraph.solve import Triangle
 
-WITNESSES, DRAWS = 64, 16
+WITNESSES, DRAWS = 32, 16
 """How many tokens bear witness, and how many times errors are drawn for the estimates."""
 
-_ROUNDING = 1e-5
-"""Of a row's mass: less than this is lost to rounding, and not counted as lost."""
+_ROUNDING, _FLOAT32 = 1e-5, 1e-6
+"""Relative differences below these are rounding: of sums over many tokens, and of single numbers."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Certificate:
         listed, modelled, lost: [N] attention of each token in edges, in pools, in neither. In exact mode all that is
             not listed counts as modelled: it is not in the graph, but in the flow.
         reach_bound: [N] the true reach differs by no more than this, if rows of attention sum to at most 1.
-        flow_bound: [N] the true flow differs by no more than this; 1 where nothing better can be said.
+        flow_bound: [N] the true flow differs by no more than this; 1 where nothing better can be said. Both up to
+            rounding, in the dtype of the graph.
         flow_error: [N] estimate (one standard deviation) of the difference of flow; None where there are no witnesses.
         top_overlap: estimate: of the 40 % of the credit tokens with the highest flow, the share that the true flow has
             among its own; None where there are no witnesses.
@@ -164,6 +165,7 @@ def _reach_bound(flow: Flow, lost: Tensor, closed: Tensor) -> Tensor:
         paid = weight[pays]
         scale = per_pool(paid * reach[token[pays]]) / per_pool(paid * shape[token[pays]]).clamp(min=1e-300)
         wrong = per_pool(2 * paid * (reach[token[pays]] - scale[pool[pays]] * shape[token[pays]]).abs())
+        wrong = torch.where(wrong <= _FLOAT32 * per_pool(paid * reach[token[pays]]), 0, wrong)
         last = token.new_zeros(count).scatter_reduce_(0, pool[pools.collects], token[pools.collects], "amax")
         bound = bound + _sum_from(torch.zeros(N, dtype=torch.float64, device=wrong.device).index_add_(0, last, wrong))
     return bound.clamp(max=max(float(graph.answer_mask.sum()), 1.0))
@@ -181,15 +183,15 @@ def _flow_bound(flow: Flow, lost: Tensor, reach_bound: Tensor, closed: Tensor) -
         missing = (question & ~reaches & (reach_bound > 0)).sum()
         share = (reach_bound / (reach + reach_bound).clamp(min=1e-300))[reaches]
         mean = float(share.mean()) if len(share) else 0.0
-        return nothing * min(1.0, mean + 2 * float(missing) / max(int(question.sum()), 1))
-    if lost.any() or (reach_bound[passes] > 1e-3 * reach[passes]).any():
+        return nothing * min(1.0, mean + 2 * float(missing) / max(int(reaches.sum() + missing), 1))
+    if lost.any() or (reach_bound[passes] > _ROUNDING * reach[passes]).any():
         return nothing  # the bound stands on reach being exact
     y = torch.where(passes, flow.flow.double() / reach.clamp(min=1e-300), 0)
     (token, pool), weight, count = pools.index, pools.weight.double(), graph.num_pools
     collects = pools.collects
     open_ = (reach * ~closed)[token] * ~collects
     through = reach.new_zeros(count).index_add_(0, pool, weight * open_)
-    share = weight * collects * ~graph.answer_mask[token]
+    share = weight * collects  # of sinks too: their y is 0, and what a row pays them it pays to no other token
     middle = reach.new_zeros(count).index_add_(0, pool, share * y[token])
     middle = middle / reach.new_zeros(count).index_add_(0, pool, share).clamp(min=1e-300)
     spread = reach.new_zeros(count).index_add_(0, pool, share * (y[token] - middle[pool]).abs())

@@ -150,7 +150,7 @@ _PRESET = "Where flow ends: at the tokens that predict the answer (flowgraph) or
 _MODE = (
     "edges: attention becomes edges, and flow runs through these. sparse: the same, and what becomes no edge is kept "
     "at low resolution. exact: the flow of the whole attention, which is streamed twice and never stored. auto: edges "
-    "up to 2,048 tokens, or if --edges or --solver is given; else sparse (exact where attention is read again)."
+    "up to 2,048 tokens, or if --edges is given; else sparse (exact where attention is read again, as for a page)."
 )
 _EDGES = (
     "Which attention weights become edges: all, those over a threshold like 1/1024, the top:32 or the mass:0.9 of "
@@ -179,7 +179,9 @@ Gain = Annotated[float, option(CREDIT, "--gain", "The highest weight; 1 is neutr
 
 _NO_ANSWER = "Where none is found: every weight stays 1 (uniform), or the last tokens stand for it (tail)."
 _MAX_TOKENS = "Refuse longer traces. Default: what the model says it can see."
-_SOLVER = "Of mode edges: scatter, scipy, reference (dense), or auto: scipy on the CPU and scatter elsewhere."
+_SOLVER = (
+    "Of modes edges and sparse: scatter, scipy, reference (dense), or auto: scipy on the CPU and scatter elsewhere."
+)
 _ABSORB = "Flow leaves the prompt at once and never runs within it."
 _TEMPERATURE = "Of the rule softmax: the lower, the fewer tokens get much."
 NoAnswer = Annotated[str, choice(FINE, "--no-answer", ("uniform", "tail"), _NO_ANSWER)]

@@ -58,8 +58,8 @@ def contract(flow: Flow, segments: Segments, rows: Rows | None = None, *, absorb
         raise ValueError(f"segments are over {segments.num_tokens} tokens, the flow over {graph.num_nodes}")
     if rows is not None and flow.solver != "exact" and (graph.dropped > 1e-6).any():
         raise ValueError(
-            f"rows are more than the flow came from: the graph has {graph.rule}, and its edges are all that flow took; "
-            "contract it without rows"
+            f"rows are more than the flow came from: the graph has {graph.rule}, and flow took its edges and pools "
+            "alone; contract it without rows"
         )
     device = flow.flow.device
     index, M = segments.index.to(device), len(segments)

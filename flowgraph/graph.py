@@ -390,16 +390,20 @@ def _check_pools(graph: TokenGraph, num_tokens: int, ptr: Tensor, batch: Tensor)
     index, weight, collects = graph.pool_index, graph.pool_weight, graph.pool_collects
     L = index.shape[-1]
     shapes = [list(tensor.shape) for tensor in (index, weight, collects, graph.pool_shape)]
-    if shapes != [[2, L], [L], [L], [num_tokens]] or collects.dtype != torch.bool:
+    dtypes = index.dtype == torch.int64 and weight.is_floating_point() and collects.dtype == torch.bool
+    if shapes != [[2, L], [L], [L], [num_tokens]] or not dtypes or not bool(torch.isfinite(graph.pool_shape).all()):
         raise ValueError(
-            "pool_index, pool_weight, pool_collects and pool_shape must be [2, L] int64, [L], [L] bool and [N], got "
-            f"{', '.join(map(str, shapes))} with {collects.dtype}"
+            "pool_index, pool_weight, pool_collects and pool_shape must be [2, L] int64, [L] float, [L] bool and "
+            f"finite [N], got {', '.join(map(str, shapes))} with {index.dtype}, {weight.dtype}, {collects.dtype}"
         )
     if L == 0:
         return
     token, pool = index
     if (bad := (token < 0) | (token >= num_tokens) | (pool < 0) | (pool >= L)).any():
-        raise ValueError(f"pool link number {int(bad.nonzero()[0])} names a token or pool that does not exist")
+        raise ValueError(
+            f"pool link number {int(bad.nonzero()[0])} names a token or pool that does not exist (a graph with pools "
+            "can't be cut to a part of its tokens)"
+        )
     if (bad := ~((weight > 0) & torch.isfinite(weight))).any():
         at = int(bad.nonzero()[0])
         raise ValueError(f"pool link number {at} has weight {float(weight[at])}; weights must be finite and above 0")
@@ -414,5 +418,9 @@ def _check_pools(graph: TokenGraph, num_tokens: int, ptr: Tensor, batch: Tensor)
             f"pool {at} must collect from earlier tokens of a graph and pay to later ones of the same graph; it "
             f"collects up to token {int(last[at])} of the batch and pays from token {int(first[at])} on"
         )
+    total = weight.new_zeros(count).index_add_(0, pool[collects], weight[collects])
+    if (bad := (total - 1).abs() > 1e-3).any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"the shares that pool {at} collects sum to {float(total[at]):g}; they must sum to 1")
     if (first[1:] < first[:-1]).any():
         raise ValueError("pools must be numbered by the first token that they pay to")

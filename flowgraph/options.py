@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from flowgraph.answers import Finder
 from flowgraph.capture import Layers
+from flowgraph.certificate import WITNESSES
 from flowgraph.sparsify import EdgeRule
 
 LONG = 2048
@@ -26,12 +27,13 @@ class Options:
         mode: "edges": attention becomes the edges of a graph, and the flow runs through these. "sparse": the same, and
             what became no edge is kept at low resolution (flowgraph/sparse.py); read once. "exact": the flow of the
             whole attention, streamed twice and never stored; the graph lists the edges that carry most of it. "auto":
-            edges up to 2,048 tokens (all of them: nothing is lost) or if `edges` or `solver` is given; above that
-            sparse, or exact with `keep_attention`, since what is then read anew is all of the attention.
+            edges up to 2,048 tokens (all of them: nothing is lost) or if `edges` is given, which above 2,048 tokens is
+            thresholding alone; else sparse, or exact with `keep_attention` (unless `solver` is given), since what is
+            then read anew is all of the attention.
         edges: the rule that chooses edges, by attention; in exact mode by the share of the flow that they carry. None:
             all edges up to 2,048 tokens, above that those over 1/1024; in sparse mode those over 1/256; in exact mode
             the top 32 into each token.
-        weights: "attention", or "value_norm": attention times the norm of what it moves (docs/method.md, section 7).
+        weights: "attention", or "value_norm": attention times the norm of what it moves (docs/method.md, section 10).
         answer: how to find the answer: "auto", "boxed", "####", "A:", "<answer>", "answer is", a compiled regular
             expression (its group 1, if it has one), or a function from the response to a (start, stop) in it.
         question: "prompt": flow starts at every prompt token; "user": only at what the user wrote (chat messages).
@@ -40,12 +42,15 @@ class Options:
         keep_attention: keep the queries and keys of every trace with it, for `Trace.rows` and what reads attention anew
             (checkpoints, heads of an edge, exact contraction of long traces). O(N) memory per layer and head.
         chunk: tokens per pass through the model, for memory: activations are those of a chunk, and in sparse mode the
-            queries of a chunk are dropped once it is read. None: all in one pass. "auto": 4,096 in traces of more than
-            16,384 tokens (not in packed rows).
+            queries of a chunk are dropped once it is read (not with `keep_attention`). None: all in one pass. "auto":
+            4,096 in traces of more than 16,384 tokens (not in packed rows).
         offload: let queries and keys wait in CPU memory.
         memory: bytes above the model that a batch of traces may take. `flowgraph.memory` predicts the peak before
             anything runs and chooses chunk, offload and (in mode "auto") sparse mode to stay below it; where nothing
-            does, a ValueError says what to change. None: nobody checks.
+            does, a ValueError says what to change. On a CPU, malloc is told to give freed tensors back at once, for the
+            whole process. None: nobody checks.
+        witnesses: in sparse mode, of so many tokens whole rows and columns are kept, for the estimates of the
+            certificate; 0: none. Two float32 numbers per token each.
         max_tokens: longest trace; None takes the model's own window, `config.max_position_embeddings`.
     """
 
@@ -70,6 +75,7 @@ class Options:
     memory: int | None = None
     max_tokens: int | None = None
     keep_attention: bool = False
+    witnesses: int = WITNESSES
 
     def __post_init__(self) -> None:
         if self.question not in ("prompt", "user"):
@@ -78,14 +84,16 @@ class Options:
             raise ValueError(f'mode must be "auto", "edges", "sparse" or "exact", got {self.mode!r}')
         if self.weights not in ("attention", "value_norm"):
             raise ValueError(f'weights must be "attention" or "value_norm", got {self.weights!r}')
+        if self.memory is not None and (type(self.memory) is not int or self.memory < 1):
+            raise ValueError(f"memory must be None or a number of bytes, got {self.memory!r}")
         if self.chunk not in ("auto", None) and (not isinstance(self.chunk, int) or self.chunk < 2):
             raise ValueError(f'chunk must be "auto", None or a number of tokens >= 2, got {self.chunk!r}')
-        if self.memory is not None and (not isinstance(self.memory, int) or self.memory < 1):
-            raise ValueError(f"memory must be None or a number of bytes, got {self.memory!r}")
         if self.mode == "exact" and self.solver != "auto":
             raise ValueError(
                 f'mode="exact" has a solver of its own, got solver={self.solver!r}; use mode="edges" for it'
             )
+        if isinstance(self.witnesses, bool) or not isinstance(self.witnesses, int) or self.witnesses < 0:
+            raise ValueError(f"witnesses must be a number of tokens, 0 or more, got {self.witnesses!r}")
         if self.edges is not None and not hasattr(self.edges, "keep"):
             raise ValueError(f"edges must be Threshold, TopK, Mass or another rule with keep(), got {self.edges!r}")
 
@@ -93,9 +101,9 @@ class Options:
         """ "edges", "sparse" or "exact": how a trace of this length is to be traced."""
         if self.mode != "auto":
             return self.mode
-        if num_tokens <= LONG or self.edges is not None or self.solver != "auto":
+        if num_tokens <= LONG or self.edges is not None:
             return "edges"
-        return "exact" if self.keep_attention else "sparse"
+        return "exact" if self.keep_attention and self.solver == "auto" else "sparse"
 
     def chunk_of(self, num_tokens: int) -> int | None:
         """Tokens per pass for a trace of this length; None: all."""

@@ -179,7 +179,9 @@ class AttentionRows(BlockedRows):
         if weights not in ("attention", "value_norm"):
             raise ValueError(f'weights must be "attention" or "value_norm", got {weights!r}')
         if weights == "value_norm" and any(layer.value_norm is None for layer in layers):
-            raise ValueError('weights="value_norm" needs value_norm in every layer: capture them with values=True')
+            raise ValueError(
+                'weights="value_norm" needs value_norm in every layer: capture or record them with values=True'
+            )
         self._dtype = torch.float64 if layers[0].query.dtype == torch.float64 else torch.float32
         self._layers, self._positions, self._weights = layers, positions, weights
         self.num_tokens = N = layers[0].key.shape[1]

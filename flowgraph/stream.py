@@ -75,7 +75,8 @@ class StreamedRows:
             kept = store.join(chunk)
             queries = Capture(self.model, self.layers, [kept[layer] for layer in self.layers], _place=store.device)
             rows = queries.rows(0, torch.arange(chunk.stop), self._block, weights=self._weights)
-            yield from rows.blocks()
+            for start, weight in rows.blocks():
+                yield RowBlock(start, weight.to(self.device))
             del kept, queries, rows  # or the next chunk would keep the keys twice
 
 

@@ -20,7 +20,7 @@ from flowgraph.credit import credit
 from flowgraph.exact import exact_flow
 from flowgraph.flow import Flow, trace_flow
 from flowgraph.graph import TokenGraph
-from flowgraph.memory import plan_batch
+from flowgraph.memory import plan_batch, release_at_once
 from flowgraph.options import Options
 from flowgraph.rows import BlockedRows, KeptRows, Rows
 from flowgraph.spans import (
@@ -165,30 +165,40 @@ class Tracer:
             spans.append(found)
             rows.append(row)
             places.append(positions)
-        longest = max(len(positions) for positions in places)
         packed = position_ids is not None and is_packed(position_ids, attention_mask)
         tracer = self
         if options.memory is not None:
             lengths = [len(positions) for positions in places]
             planned = plan_batch(self.model, lengths, shape, options, packed=packed, captured=captured is not None)
+            release_at_once()
             options = planned.options
             tracer = Tracer(self.model, self.tokenizer, **vars(options))
-        chunk = options.chunk_of(longest) if options.chunk != "auto" or not packed else None
-        if captured is None and chunk is not None and all(tracer._can_stream(len(positions)) for positions in places):
-            attention = tracer._streams(input_ids, position_ids, rows, places, chunk)
+        # Whether a trace is streamed is its own affair: its credits must not depend on what else is in the batch.
+        chunks = [None if packed and options.chunk == "auto" else options.chunk_of(len(place)) for place in places]
+        streams = [
+            captured is None and chunk is not None and tracer._can_stream(position_ids, row, positions)
+            for chunk, row, positions in zip(chunks, rows, places, strict=True)
+        ]
+        whole = sorted({row for row, streamed in zip(rows, streams, strict=True) if not streamed})
+        if captured is None and whole:
+            captured = capture(
+                self.model,
+                input_ids[whole],
+                None if attention_mask is None else attention_mask[whole],
+                None if position_ids is None else position_ids[whole],
+                layers=options.layers,
+                values=options.weights == "value_norm",
+                chunk=max((c for c, streamed in zip(chunks, streams, strict=True) if c and not streamed), default=None),
+                offload=options.offload,
+            )
         else:
-            if captured is None:
-                captured = capture(
-                    self.model,
-                    input_ids,
-                    attention_mask,
-                    position_ids,
-                    layers=options.layers,
-                    values=options.weights == "value_norm",
-                    chunk=chunk,
-                    offload=options.offload,
-                )
-            attention = _captured_rows(captured, rows, places, options.weights)
+            whole = list(range(shape[0]))
+        attention = (
+            tracer._stream(input_ids, position_ids, row, positions, chunk or 0)
+            if streamed or captured is None
+            else _captured_rows(captured, whole.index(row), positions, options.weights)
+            for streamed, chunk, row, positions in zip(streams, chunks, rows, places, strict=True)
+        )
         flows, witnesses = tracer._flows(attention, input_ids, rows, places, spans)
         flow = Flow.of_batch(flows)
         how = {name: getattr(options, name) for name in ("rule", "top", "gain", "temperature")}
@@ -201,27 +211,30 @@ class Tracer:
             traces.append(Trace(one.graph, one, credited, spans[n], text, rows[n], places[n], options, kept, seen))
         return Traces(traces, flow, credits, shape)
 
-    def _can_stream(self, num_tokens: int) -> bool:
-        """Is one reading of the rows, from the first to the last, all that such a trace needs?"""
-        return self.options.mode_of(num_tokens) != "exact" and not self.options.keep_attention
+    def _can_stream(self, position_ids: Tensor | None, row: int, positions: Tensor) -> bool:
+        """Is one reading of the rows, from the first to the last, all that such a trace needs?
 
-    def _streams(
-        self, input_ids: Tensor, position_ids: Tensor | None, rows: list[int], places: list[Tensor], chunk: int
-    ) -> Iterator[_Attention]:
-        """The rows of each trace out of a forward pass of its own, which runs while they are read."""
+        With gaps in its positions (pads between prompt and response) it can't be: they read as a new document.
+        """
+        if self.options.mode_of(len(positions)) == "exact" or self.options.keep_attention:
+            return False
+        return position_ids is None or bool((position_ids[row, positions.to(position_ids.device)].diff() == 1).all())
+
+    def _stream(
+        self, input_ids: Tensor, position_ids: Tensor | None, row: int, positions: Tensor, chunk: int
+    ) -> _Attention:
+        """The rows of a trace out of a forward pass of its own, which runs while they are read."""
         options = self.options
-        for row, positions in zip(rows, places, strict=True):
-            kept = positions.to(input_ids.device)
-            attention = stream(
-                self.model,
-                input_ids[row, kept][None],
-                None if position_ids is None else position_ids[row, positions.to(position_ids.device)][None],
-                layers=options.layers,
-                chunk=chunk,
-                weights=options.weights,
-                offload=options.offload,
-            )
-            yield _Attention(attention, attention.device, attention.model, attention.layers)
+        rows = stream(
+            self.model,
+            input_ids[row, positions.to(input_ids.device)][None],
+            None if position_ids is None else position_ids[row, positions.to(position_ids.device)][None],
+            layers=options.layers,
+            chunk=chunk,
+            weights=options.weights,
+            offload=options.offload,
+        )
+        return _Attention(rows, rows.device, rows.model, rows.layers)
 
     def _flows(
         self,
@@ -250,7 +263,7 @@ class Tracer:
                 before = torch.arange(len(positions), device=one.device) <= (
                     int(sinks[-1]) if len(sinks) else len(positions)
                 )
-                witnesses[n] = seen = Witnesses.of(before)
+                witnesses[n] = seen = Witnesses.of(before, options.witnesses) if options.witnesses else None
                 graphs[n] = sparse_graph(
                     one.rows, absorb_at_prompt=absorb, edges=options.edges, witnesses=seen, **roles
                 )
@@ -308,10 +321,9 @@ class _Attention(NamedTuple):
     layers: list[int]
 
 
-def _captured_rows(captured: Capture, rows: list[int], places: list[Tensor], weights: str) -> Iterator[_Attention]:
-    for row, positions in zip(rows, places, strict=True):
-        attention = captured.rows(row, positions, weights=weights)
-        yield _Attention(attention, captured.device, captured.model, captured.layers)
+def _captured_rows(captured: Capture, row: int, positions: Tensor, weights: str) -> _Attention:
+    rows = captured.rows(row, positions, weights=weights)
+    return _Attention(rows, captured.device, captured.model, captured.layers)
 
 
 _ROLES = ("prompt_mask", "question_mask", "answer_mask", "response_mask", "credit_mask")

@@ -28,6 +28,7 @@ class FlowConfig(Options):
     same recipe as flow, so that runs differ in nothing else.
 
     Attributes:
+        witnesses: of `Options`; here 0, since a trainer asks for no estimates.
         signs: the advantages that are weighted: "both", only "positive" or only "negative".
         normalize: divide the weights of a response by their mean, so that its share of the update keeps its size.
         per: "sequence": a rule looks at each response by itself; "batch": at all tokens of the step at once.
@@ -43,6 +44,7 @@ class FlowConfig(Options):
         reuse: take credits in the forward pass that computes old log-probabilities where the trainer has one.
     """
 
+    witnesses: int = 0
     signs: Signs = "both"
     normalize: bool = False
     per: str = "sequence"

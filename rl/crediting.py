@@ -35,7 +35,7 @@ from flowgraph.rl.shaping import shape_advantages, warmed
 
 COUNTED = ("no_answer", "cut_off", "no_flow", "empty", "failed")
 """Flags whose share among the responses with an advantage is logged."""
-_AFTER_SCORING = ("rule", "top", "gain", "temperature", "keep_attention")
+_AFTER_SCORING = ("rule", "top", "gain", "temperature", "witnesses")
 _SCORING = (*(option.name for option in fields(Options) if option.name not in _AFTER_SCORING), "seed", "heads")
 """Options that a score depends on: the scorer goes by its own."""
 

@@ -61,6 +61,27 @@ def test_the_true_error_is_under_the_bounds_on_longer_traces(kind: Any) -> None:
                 assert float(certificate.reach_bound.max()) < 1e-6
 
 
+def test_bounds_hold_with_a_sink_inside_a_run() -> None:
+    W = torch.zeros(8, 8, dtype=torch.float64)
+    for later, earlier, weight in ((2, 0, 0.5), (4, 2, 0.25), (5, 3, 0.25), (7, 4, 0.4), (7, 5, 0.4)):
+        W[later, earlier] = weight
+    masks: dict[str, Any] = {"prompt_mask": mask_of(8, 0), "answer_mask": mask_of(8, 3, 7)}
+    flow, true = (
+        trace_flow(sparse_graph(DenseRows(W), edges=Threshold(0.3), **masks)),
+        exact_flow(DenseRows(W), **masks),
+    )
+    assert float((flow.flow - true.flow).abs().max()) == pytest.approx(0.5)
+    holds(certify(flow), flow, true)
+
+
+def test_bounds_hold_where_a_threshold_cuts_a_source_off() -> None:
+    W = torch.zeros(12, 12, dtype=torch.float64)
+    W[1, 0], W[11, 1] = 0.3, 0.5
+    masks: dict[str, Any] = {"prompt_mask": torch.arange(12) < 10, "answer_mask": mask_of(12, 11)}
+    flow, true = trace_flow(TokenGraph.from_dense(W, threshold=0.4, **masks)), exact_flow(DenseRows(W), **masks)
+    holds(certify(flow), flow, true)
+
+
 def test_mass_adds_up() -> None:
     graph = sparse_graph(DenseRows(attention(100), 32), edges=TopK(3), **roles(100, 30))
     certificate = certify(trace_flow(graph))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from flowgraph import DenseRows, Threshold, TokenGraph, trace_flow
+from flowgraph import DenseRows, Threshold, TokenGraph, measures, trace_flow
 from flowgraph.pools import PoolBuilder, Pools, expand
 from flowgraph.sparse import sparse_graph
 from tests.graphs import attention, mask_of
@@ -191,6 +191,20 @@ def test_pools_are_saved(tmp_path: Any) -> None:
     assert torch.equal(trace_flow(again).flow, trace_flow(graph).flow)
 
 
+def test_tables_have_no_room_for_pools_and_say_so() -> None:
+    from flowgraph.adapters.exports import Tables
+
+    with pytest.raises(ValueError, match="the graph had pools"):
+        Tables.of(pooled()).graph()
+
+
+def test_measures_of_distance_are_of_all_the_flow_or_missing() -> None:
+    found = measures(trace_flow(pooled()))
+    assert float(found["unlisted_share"]) > 0.1 and not torch.isnan(found["path_length_mean"]).any()
+    for name in ("distance_mean", "width_mean", "local_share"):
+        assert torch.isnan(found[name]).all()
+
+
 def test_tokens_and_edges_are_counted_without_pools() -> None:
     graph = pooled()
     assert graph.num_nodes == 120 and graph.num_edges == len(graph.edge_weight)
@@ -202,6 +216,9 @@ def test_tokens_and_edges_are_counted_without_pools() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (lambda p: replace(p, weight=torch.where(p.collects, 50 * p.weight, p.weight)), "they must sum to 1"),
+        (lambda p: replace(p, weight=p.weight.long() + 1), "must be"),
+        (lambda p: replace(p, shape=p.shape * torch.nan), "must be"),
         (lambda p: replace(p, weight=-p.weight), "weights must be finite and above 0"),
         (lambda p: replace(p, weight=p.weight[:-1]), "pool_index, pool_weight, pool_collects and pool_shape must be"),
         (lambda p: replace(p, collects=~p.collects), "must collect from earlier tokens"),

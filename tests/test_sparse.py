@@ -126,6 +126,20 @@ def test_traced_in_sparse_mode_and_streamed_by_chunks() -> None:
     torch.testing.assert_close(trace_flow(again).flow, sparse.flow.flow)
 
 
+def test_a_trace_is_streamed_or_not_whatever_else_is_in_the_batch() -> None:
+    model = tiny("llama").double()
+    ids = torch.randint(0, VOCABULARY, (3, 200), generator=torch.Generator().manual_seed(1))
+    real, place = torch.ones(3, 200, dtype=torch.bool), torch.arange(200).expand(3, 200)
+    real[1, 60:], real[2, 30:40] = False, False  # short; and with a gap between prompt and response
+    masks: dict[str, Any] = {"prompt_mask": (place < 30) & real, "sink_mask": (place == 58) | (place == 197) & real}
+    tracer = Tracer(model, mode="sparse", chunk=32)
+    together = tracer.from_ids(ids, real.long(), position_ids=place, **masks)
+    for row in range(3):
+        one: dict[str, Any] = {name: mask[row : row + 1] for name, mask in masks.items()}
+        alone = tracer.from_ids(ids[row : row + 1], real[row : row + 1].long(), position_ids=place[:1], **one)[0]
+        torch.testing.assert_close(together[row].flow.flow, alone.flow.flow, rtol=1e-9, atol=1e-12)
+
+
 def test_long_traces_are_sparse_by_default_and_exact_where_attention_is_kept() -> None:
     model = tiny("llama")
     ids = torch.randint(0, VOCABULARY, (1, 2100), generator=torch.Generator().manual_seed(1))
