@@ -361,13 +361,15 @@ def read_scores(path: str | Path) -> pa.Table:
     tables = []
     for one in paths:
         try:
-            file = pq.ParquetFile(one)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{one} is no Parquet file: {error}") from error
-        with file:
-            plain = [field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)]
-            tables.append(file.read(columns=plain).replace_schema_metadata())
-    table = pa.concat_tables(tables)
+            with pq.ParquetFile(one) as file:
+                plain = [field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)]
+                tables.append(file.read(columns=plain).replace_schema_metadata())
+        except (pa.ArrowException, OSError) as error:  # a damaged page is an OSError to pyarrow
+            raise ValueError(f"{one} is no Parquet file, or a damaged one: {error}") from error
+    try:
+        table = pa.concat_tables(tables)
+    except pa.ArrowException as error:
+        raise ValueError(f"the parts of {path} have different columns: {error}") from error
     if not table.num_rows:
         raise ValueError(f"{path} has no rows")
     return table

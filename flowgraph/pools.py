@@ -161,7 +161,9 @@ class PoolBuilder:
         collects = torch.arange(len(keys), device=keys.device) < int(collecting.sum())
         pool = keys.unique(return_inverse=True)[1]
         total = torch.zeros_like(values).scatter_add_(0, pool, values * collects)
-        values = torch.where(collects, values / total[pool], values).to(dtype)
+        values = torch.where(collects, values / total[pool], values)
+        # A share this small comes from rows that don't count at all, and would lead where no reach is.
+        values = torch.where(collects & (values < 1e-200), 0, values).to(dtype)
         # What is too small for `dtype`, and pools that are left with one side by it, are nothing.
         for side in (collects, ~collects):
             alive = torch.zeros_like(collects).index_fill_(0, pool[side & (values > 0)], True)

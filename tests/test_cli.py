@@ -198,6 +198,11 @@ OPTIONS: list[tuple[list[str], Options]] = [
     ),
     (["--mode", "exact", "--edges", "mass:0.9"], Options(mode="exact", edges=Mass(0.9))),
     (["--mode", "exact"], Options(mode="exact")),
+    (
+        ["--mode", "sparse", "--weights", "value_norm", "--chunk", "64", "--offload", "--memory", "8GB"],
+        Options(mode="sparse", weights="value_norm", chunk=64, offload=True, memory=8 * 10**9),
+    ),
+    (["--chunk", "none"], Options(chunk=None)),
     (["--edges", "all"], Options(edges=Threshold(0.0))),
     (["--edges", "1/64"], Options(edges=Threshold(1 / 64))),
     (["--answer-regex", r"is (\d+)"], Options(answer=re.compile(r"is (\d+)"))),
@@ -217,7 +222,7 @@ def test_every_option_reaches_the_tracer(
 def test_some_options_differ_from_the_default_in_every_field() -> None:
     given = [options for _, options in OPTIONS]
     same = [field.name for field in fields(Options) if len({str(getattr(o, field.name)) for o in given}) == 1]
-    assert same == ["keep_attention"]  # of use only where a trace stays in memory
+    assert same == ["keep_attention", "witnesses"]  # of use only where a trace stays in memory
 
 
 def test_dtype_device_and_chat(folder: Path, seen: Seen) -> None:
