@@ -66,7 +66,7 @@ def plan(lengths: tuple[int, ...] = LENGTHS, compared: tuple[int, ...] = COMPARE
             processes = ("forward", "exact"), ("sparse",), ("edges",), ("captured:sparse", "captured:exact"), ("eager",)
             jobs += [Job(num_tokens, cases) for cases in processes]
         else:
-            jobs += [Job(num_tokens, ("forward", "exact", "sparse"))]
+            jobs += [Job(num_tokens, ("forward", "sparse", "exact"))]
     for num_tokens in compared:
         jobs += [Job(num_tokens, (case,)) for case in ("exact", "sparse", "flashtrace", "flashtrace:recompute")]
         jobs += [Job(num_tokens, ("flashtrace:span",))] if num_tokens <= 2048 else []
