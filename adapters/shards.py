@@ -167,8 +167,15 @@ class Manifest:
             about = json.loads(path.read_text(encoding="utf-8"))
             if about["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {about['schema']!r}, this version of FlowGraph writes {SCHEMA!r}")
-            return cls(about["settings"], about["inputs"], [Shard(**one) for one in about["shards"]])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            settings, inputs, shards = about["settings"], about["inputs"], [Shard(**one) for one in about["shards"]]
+            if not isinstance(settings, dict) or not all(_is_fingerprint(one) for one in inputs.values()):
+                raise ValueError("its settings or inputs are no objects of the kind that FlowGraph writes")
+            for number, shard in enumerate(shards):
+                sizes = (shard.number, shard.line, shard.rows, shard.start, shard.stop)
+                if shard.number != number or shard.source not in inputs or not all(_is_count(size) for size in sizes):
+                    raise ValueError(f"its shard {number} is {shard}")
+            return cls(settings, inputs, shards)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is no manifest of scores: {error}") from error
 
     def changes(self, other: Manifest) -> list[str]:
@@ -179,6 +186,14 @@ class Manifest:
             for name in dict.fromkeys((*mine, *others))
             if mine.get(name) != others.get(name)
         ]
+
+
+def _is_fingerprint(about: Any) -> bool:
+    return isinstance(about, dict) and _is_count(about.get("size")) and isinstance(about.get("sha256"), str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

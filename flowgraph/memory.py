@@ -396,6 +396,8 @@ def _predict(shapes: _Shapes, work: _Work, options: Options) -> Plan:
     rows, waiting = _reading(shapes, N, modes[work.lengths.index(N)], streams, by_value)
     pools = _pool_numbers(N, streams) * 8 if "sparse" in modes else 0
     found = {"edges": _FOUND_BYTES * widest.edges, "pools": pools, "other graphs": done}
+    sparse = sum(length for length, mode in zip(work.lengths, modes, strict=True) if mode == "sparse")
+    found["witnesses"] = 2 * 4 * options.witnesses * sparse  # float32 rows and columns
     making = max(0, _POOL_BYTES * widest.links + pools)
     held: dict[str, int] = {}
     phases: dict[str, dict[str, int]] = {}

@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 
-from flowgraph import Flow, TokenGraph, page, trace_flow
-from flowgraph.adapters import exports, records
+from flowgraph import DenseRows, Flow, TokenGraph, TopK, page, sparse_graph, trace_flow
+from flowgraph.adapters import exports, inputs, records, shards
+from flowgraph.adapters.inputs import Shard
 from flowgraph.adapters.service import ServiceConfig, newest_checkpoint
 from flowgraph.answers import FINDERS, find_answer
 from flowgraph.rl import FlowConfig
 from flowgraph.segments import split
 from flowgraph.spans import locate, token_offsets
-from tests.graphs import mask_of, random_graph
+from tests.graphs import attention, mask_of, random_graph
 from tests.written import TOKENIZER, VOCABULARY
 
 DECLARED = (ValueError, TypeError)
@@ -58,6 +59,7 @@ def check_flow(flow: Flow) -> None:
     zero = torch.zeros(int(graph.num_nodes), dtype=torch.float64)
     inflow = flow.injection.double() + zero.scatter_add(0, graph.edge_index[1], flow.edge_flow.double())
     outflow = zero.scatter_add(0, graph.edge_index[0], flow.edge_flow.double())
+    inflow, outflow = inflow + flow.unlisted_inflow.double(), outflow + flow.unlisted_outflow.double()
     outflow = torch.where(graph.answer_mask, flow.flow.double(), outflow)
     torch.testing.assert_close(outflow, inflow, rtol=1e-4 if single else 1e-9, atol=1e-25)
     torch.testing.assert_close(flow.absorbed, flow.injected, rtol=1e-4 if single else 1e-9, atol=0)
@@ -87,11 +89,11 @@ def _parquet(what: str, other: str, sound: bytes, data: bytes, folder: Path) -> 
     check_graph(exports.read_parquet(folder / "graph"))
 
 
-def _files(write: Callable[[TokenGraph, Path], Any], suffix: str) -> list[bytes]:
+def _files(write: Callable[[TokenGraph, Path], Any], suffix: str, more: Sequence[TokenGraph] = ()) -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"graph{suffix}"
         found = []
-        for graph in some_graphs():
+        for graph in (*some_graphs(), *more):
             write(graph, path)
             found.append(path.read_bytes())
         return found
@@ -103,6 +105,11 @@ def some_graphs() -> list[TokenGraph]:
         torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0), prompt_mask=mask_of(3, 0), answer_mask=mask_of(3, 2)
     )
     return [random_graph(5), random_graph(9, dtype=torch.float32, threshold=0.1), empty]
+
+
+def with_pools() -> TokenGraph:
+    rows = DenseRows(attention(9))
+    return sparse_graph(rows, prompt_mask=mask_of(9, 0, 1, 2), answer_mask=mask_of(9, 7), edges=TopK(1))
 
 
 # ------------------------------------------------------------------------- configurations and rows
@@ -132,6 +139,54 @@ def _checkpoint(data: bytes, folder: Path) -> None:
     (folder / "config.json").write_bytes(data)
     (folder / "model.safetensors").touch()
     newest_checkpoint(folder)
+
+
+def _rows(suffix: str, data: bytes, folder: Path) -> None:
+    """A file of rollouts, planned and read as `flowgraph score` does it: each row is one, or a reason."""
+    path = folder / f"in{suffix}"
+    path.write_bytes(data)
+    source = inputs.sources(path)[0]
+    for shard in inputs.plan([source], rows=2, most_bytes=1 << 16, max_row_bytes=1 << 12):
+        for line, row in inputs.read(source, shard, max_row_bytes=1 << 12):
+            assert line >= 1 and isinstance(row, dict | ValueError)
+            if isinstance(row, dict):
+                records.records_of(line, row)
+
+
+def _manifest(data: bytes, folder: Path) -> None:
+    (folder / shards.MANIFEST).write_bytes(data)
+    manifest = shards.Manifest.read(folder)
+    assert manifest.rows >= 0 and len(manifest.digest) == 32 and not manifest.changes(manifest)
+
+
+def _part(shard: Shard, data: bytes, folder: Path) -> None:
+    shards.part(folder, shard.number).write_bytes(data)
+    about = shards.finished(folder, shard, "digest")
+    assert about is None or about["shard"] == shard.to_dict()
+
+
+def _graphs(data: bytes, folder: Path) -> None:
+    (folder / shards.GRAPHS).mkdir(exist_ok=True)
+    (folder / shards.GRAPHS / "part-000000.safetensors").write_bytes(data)
+    for number in (0, 1):
+        check_graph(shards.graph_of(folder, f"part-000000/{number}"))
+
+
+def _job() -> tuple[Shard, bytes, bytes, bytes]:
+    """A shard; and what a job leaves: its manifest, a part, and a file of graphs."""
+    import pyarrow as pa
+
+    shard = Shard(0, "a.jsonl", 1, 2, 0, 90)
+    settings: dict[str, Any] = {"model": "m", "options": {"top": 0.4, "edges": None}}
+    manifest = shards.Manifest(settings, {"a.jsonl": {"size": 90, "sha256": "ab", "changed": 1.5}}, [shard])
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name)
+        manifest.write(out)
+        table = pa.Table.from_pylist([], schema=shards.schema(graphs=True))
+        about = {"job": "digest", "written": 0, "failed": 0, "tokens": 0, "flags": {}}
+        shards.write_shard(out, shard, table, [], about, graphs=[random_graph(5), with_pools()])
+        graphs = (out / shards.GRAPHS / "part-000000.safetensors").read_bytes()
+        return shard, (out / shards.MANIFEST).read_bytes(), shards.part(out, 0).read_bytes(), graphs
 
 
 def _line(data: bytes, folder: Path) -> None:
@@ -280,6 +335,8 @@ def targets() -> dict[str, Target]:
     def dumps(values: Any) -> bytes:
         return json.dumps(values).encode()
 
+    shard, manifest, part, graphs = _job()
+    tensors = _files(TokenGraph.save, ".safetensors", [with_pools()])
     nodes = _files(lambda graph, path: exports.write_parquet(graph, path.with_name("graph")), ".nodes.parquet")
     edges = _files(lambda graph, path: exports.write_parquet(graph, path.with_name("graph")), ".edges.parquet")
     rows = [
@@ -301,7 +358,7 @@ def targets() -> dict[str, Target]:
         return Target(f"parquet {what}", functools.partial(_parquet, what, other, sound), [seed], (b"PAR1",))
 
     found = [
-        Target("safetensors", _safetensors, _files(TokenGraph.save, ".safetensors"), (b"F16", b"BF16", b"U64", b"I64")),
+        Target("safetensors", _safetensors, tensors, (b"F16", b"BF16", b"U64", b"I64")),
         Target("graphml", _graphml, _files(exports.write_graphml, ".graphml"), _XML_WORDS),
         Target("json", _json, _files(exports.write_json, ".json"), (b"true", b'"float32"', b'"about"', b'"layers"')),
         parquet("nodes", nodes[0], "edges", edges[0]),
@@ -312,6 +369,11 @@ def targets() -> dict[str, Target]:
         service(".json", [dumps(_CONFIG)], (b'"flow"', b'"dtype"', b'"float64"')),
         Target("checkpoint config", _checkpoint, checkpoints, (b'"architectures"',)),
         Target("json lines", _line, [dumps(row) for row in rows], (b'"role"', b'"content"', b'"response"')),
+        Target("rows jsonl", functools.partial(_rows, ".jsonl"), [b"\n".join(map(dumps, rows))], (b'"prompt"', b"\n")),
+        Target("rows parquet", functools.partial(_rows, ".parquet"), [_score_file()], (b"PAR1",)),
+        Target("manifest", _manifest, [manifest], (b'"shards"', b'"inputs"', b'"sha256"')),
+        Target("part", functools.partial(_part, shard), [part], (b"PAR1", b'"job"')),
+        Target("graphs", _graphs, [graphs], (b"F16", b"I64", b'"graphs"')),
         Target("scores", _scores, [_score_file()], (b"PAR1",)),
         Target("answers", _answers, answers, answers),
         Target("segments", _segments, segments, (b". ", b"...", b"\n\n", b"```", b"<think>", b"\n1. ")),
