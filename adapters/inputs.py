@@ -11,6 +11,7 @@ Left out: what a row means (records.py), and what is written (shards.py).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -268,7 +269,7 @@ def _batches(source: Source, shard: Shard) -> Iterator[Any]:
         for start in range(shard.start, shard.stop, _STEP):
             yield table[start : min(shard.stop, start + _STEP)]
         return
-    with _parquet(source) as file:
+    with _damage_named(source), _parquet(source) as file:
         names = [name for name in file.schema_arrow.names if name in FIELDS]
         first = 0
         for group in range(file.metadata.num_row_groups):
@@ -297,12 +298,18 @@ def _nameless(file: Any, count: int) -> Iterator[Any]:
 
 
 def _parquet(source: Source) -> Any:
-    try:
+    with _damage_named(source):
         return pq.ParquetFile(source.path)
+
+
+@contextlib.contextmanager
+def _damage_named(source: Source) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is not None:  # the file system; else pyarrow's word for damage
             raise
-        raise ValueError(f"{source.path} is no Parquet file: {error}") from error
+        raise ValueError(f"{source.path} is no Parquet file, or a damaged one: {error}") from error
 
 
 def _dataset(source: Source) -> Any:

@@ -156,7 +156,7 @@ def _rows(suffix: str, data: bytes, folder: Path) -> None:
 def _manifest(data: bytes, folder: Path) -> None:
     (folder / shards.MANIFEST).write_bytes(data)
     manifest = shards.Manifest.read(folder)
-    assert manifest.rows >= 0 and len(manifest.digest) == 32 and not manifest.changes(manifest)
+    assert manifest.rows >= 0 and len(manifest.digest) == 32 and isinstance(manifest.changes(manifest), list)
 
 
 def _part(shard: Shard, data: bytes, folder: Path) -> None:
@@ -170,6 +170,17 @@ def _graphs(data: bytes, folder: Path) -> None:
     (folder / shards.GRAPHS / "part-000000.safetensors").write_bytes(data)
     for number in (0, 1):
         check_graph(shards.graph_of(folder, f"part-000000/{number}"))
+
+
+def _rollouts() -> bytes:
+    """As Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"prompt": f"{n} + 2?", "response": "It is \\boxed{4}", "id": str(n)} for n in range(5)]
+    with tempfile.TemporaryDirectory() as folder:
+        pq.write_table(pa.Table.from_pylist(rows), Path(folder) / "in.parquet", row_group_size=2)
+        return (Path(folder) / "in.parquet").read_bytes()
 
 
 def _job() -> tuple[Shard, bytes, bytes, bytes]:
@@ -370,7 +381,7 @@ def targets() -> dict[str, Target]:
         Target("checkpoint config", _checkpoint, checkpoints, (b'"architectures"',)),
         Target("json lines", _line, [dumps(row) for row in rows], (b'"role"', b'"content"', b'"response"')),
         Target("rows jsonl", functools.partial(_rows, ".jsonl"), [b"\n".join(map(dumps, rows))], (b'"prompt"', b"\n")),
-        Target("rows parquet", functools.partial(_rows, ".parquet"), [_score_file()], (b"PAR1",)),
+        Target("rows parquet", functools.partial(_rows, ".parquet"), [_rollouts()], (b"PAR1",)),
         Target("manifest", _manifest, [manifest], (b'"shards"', b'"inputs"', b'"sha256"')),
         Target("part", functools.partial(_part, shard), [part], (b"PAR1", b'"job"')),
         Target("graphs", _graphs, [graphs], (b"F16", b"I64", b'"graphs"')),
