@@ -11,7 +11,9 @@ functions.
 from __future__ import annotations
 
 import functools
+import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +53,18 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that can't show a character gets a "?"
-    app()
+    code: Any = 0
+    try:
+        app()
+    except SystemExit as stopped:
+        code = stopped.code
+    if code == 130:
+        # Threads that still read ahead would be torn out of their C++ code by the end of the interpreter.
+        gc.collect()  # what was open is closed, and its files removed
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+    sys.exit(code)
 
 
 def _version(asked: bool) -> None:

@@ -168,7 +168,8 @@ def test_a_batch_equals_its_graphs_one_by_one(solver: str, several: list[TokenGr
     assert len(together) == len(several)
     for alone, one in zip((trace_flow(graph, solver) for graph in several), together, strict=True):
         for name in ("reach", "flow", "throughput", "edge_flow", "injected", "absorbed", "log_reach"):
-            close(getattr(one, name), getattr(alone, name), rtol=1e-12, atol=1e-300)
+            # The logarithm of a number near 1 has no relative accuracy.
+            close(getattr(one, name), getattr(alone, name), rtol=1e-12, atol=1e-12 if name == "log_reach" else 1e-300)
         assert torch.equal(one.iterations, alone.iterations)
 
 
