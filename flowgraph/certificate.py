@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from flowgraph.flow import Flow
-from flowgraph.graph import TokenGraph, graph_ptr
+from flowgraph.graph import TokenGraph, closed_tokens, graph_ptr
 from flowgraph.pools import expand
 from flowgraph.solve import Triangle
 
@@ -135,7 +135,7 @@ def certify(
     if graph.pool_index.numel():
         lost = lost - graph.modelled
         lost = torch.where(lost <= _ROUNDING * (graph.dropped + listed), 0, lost)
-    closed = graph.prompt_mask & ~graph.answer_mask if absorb_at_prompt else torch.zeros_like(graph.prompt_mask)
+    closed = closed_tokens(graph.prompt_mask, graph.answer_mask, absorb_at_prompt)
     reach_bound = _reach_bound(flow, lost, closed)
     flow_bound = _flow_bound(flow, lost, reach_bound, closed)
     error, overlap = (None, None)
@@ -156,7 +156,7 @@ def _reach_bound(flow: Flow, lost: Tensor, closed: Tensor) -> Tensor:
     bound = torch.cat([behind[1:], behind.new_zeros(1)])
     if pools.index.numel():
         (token, pool), weight = pools.index, pools.weight.double()
-        pays, count = ~pools.collects, graph.num_pools
+        pays, count = ~pools.collects, pools.count
         shape = pools.shape.double()
 
         def per_pool(values: Tensor) -> Tensor:
@@ -166,8 +166,7 @@ def _reach_bound(flow: Flow, lost: Tensor, closed: Tensor) -> Tensor:
         scale = per_pool(paid * reach[token[pays]]) / per_pool(paid * shape[token[pays]]).clamp(min=1e-300)
         wrong = per_pool(2 * paid * (reach[token[pays]] - scale[pool[pays]] * shape[token[pays]]).abs())
         wrong = torch.where(wrong <= _FLOAT32 * per_pool(paid * reach[token[pays]]), 0, wrong)
-        last = token.new_zeros(count).scatter_reduce_(0, pool[pools.collects], token[pools.collects], "amax")
-        bound = bound + _sum_from(torch.zeros(N, dtype=torch.float64, device=wrong.device).index_add_(0, last, wrong))
+        bound = bound + _sum_from(wrong.new_zeros(N).index_add_(0, pools.last_collected, wrong))
     return bound.clamp(max=max(float(graph.answer_mask.sum()), 1.0))
 
 
@@ -187,7 +186,7 @@ def _flow_bound(flow: Flow, lost: Tensor, reach_bound: Tensor, closed: Tensor) -
     if lost.any() or (reach_bound[passes] > _ROUNDING * reach[passes]).any():
         return nothing  # the bound stands on reach being exact
     y = torch.where(passes, flow.flow.double() / reach.clamp(min=1e-300), 0)
-    (token, pool), weight, count = pools.index, pools.weight.double(), graph.num_pools
+    (token, pool), weight, count = pools.index, pools.weight.double(), pools.count
     collects = pools.collects
     open_ = (reach * ~closed)[token] * ~collects
     through = reach.new_zeros(count).index_add_(0, pool, weight * open_)
@@ -195,8 +194,7 @@ def _flow_bound(flow: Flow, lost: Tensor, reach_bound: Tensor, closed: Tensor) -
     middle = reach.new_zeros(count).index_add_(0, pool, share * y[token])
     middle = middle / reach.new_zeros(count).index_add_(0, pool, share).clamp(min=1e-300)
     spread = reach.new_zeros(count).index_add_(0, pool, share * (y[token] - middle[pool]).abs())
-    first = token.new_full((count,), len(reach)).scatter_reduce_(0, pool[~collects], token[~collects], "amin")
-    added = reach.new_zeros(len(reach)).index_add_(0, first, 2 * through * spread)
+    added = reach.new_zeros(len(reach)).index_add_(0, pools.first_paid, 2 * through * spread)
     return added.cumsum(0).clamp(max=1)
 
 
@@ -255,15 +253,11 @@ class _Perturbed:
     """The two solves of a graph again, with something added on the right."""
 
     def __init__(self, graph: TokenGraph, closed: Tensor) -> None:
-        N = int(graph.num_nodes or 0)
         weight = graph.edge_weight.double() * ~closed[graph.edge_index[1]]
-        edges, tokens = graph.edge_index, torch.arange(N)
+        edges, tokens = graph.edge_index, torch.arange(len(closed))
         if graph.pool_index.numel():
-            pools = graph.pools
-            nodes = expand(graph.edge_index, weight, pools, N)
-            weight = nodes.edge_weight.clone()
-            weight[nodes.links] = pools.weight.double() * (pools.collects | ~closed[pools.index[0]])
-            edges, tokens = nodes.edge_index, nodes.tokens
+            nodes = expand(graph.edge_index, weight, graph.pools.closed_to(closed))
+            edges, weight, tokens = nodes.edge_index, nodes.edge_weight, nodes.tokens
         self._tokens, self._sinks = tokens.cpu().numpy(), graph.answer_mask.cpu().numpy()
         count = int(self._tokens[-1]) + 1
         ends = np.zeros(count, dtype=bool)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch_geometric.utils import coalesce
 
 from flowgraph.flow import Flow
-from flowgraph.graph import TokenGraph, graph_ptr
+from flowgraph.graph import TokenGraph, closed_tokens, graph_ptr
 from flowgraph.rows import Rows
 from flowgraph.segments import Segments
 
@@ -164,7 +164,7 @@ def _read(flow: Flow, index: Tensor, rows: Rows, absorb_at_prompt: bool) -> _Pai
     passing = ~graph.answer_mask & torch.isfinite(log_h)
     log_y = torch.where(passing, flow.flow.double().log() - log_h, -torch.inf)  # flow per unit of reach
     most = log_h.max().nan_to_num(neginf=0.0)  # -inf: no sinks
-    closed = graph.prompt_mask & ~graph.answer_mask if absorb_at_prompt else torch.zeros_like(graph.prompt_mask)
+    closed = closed_tokens(graph.prompt_mask, graph.answer_mask, absorb_at_prompt)
     found, edges = [], []
     for start, block in rows.blocks():
         stop = start + len(block)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flowgraph.flow import Flow
-from flowgraph.graph import TokenGraph, check_masks
+from flowgraph.graph import TokenGraph, closed_tokens, flow_masks
 from flowgraph.rows import Rows
 from flowgraph.sparsify import EdgeRule, Edges, TopK, check_weights
 
@@ -61,16 +61,14 @@ def exact_flow(
         ValueError: a mask or weight breaks a law, or reach is too small for float64 (only with weights that are no
             attention; `trace_flow` can hold it).
     """
-    question_mask = prompt_mask if question_mask is None else question_mask
-    masks = {"prompt_mask": prompt_mask, "answer_mask": answer_mask, "question_mask": question_mask}
-    check_masks(masks, num_tokens=rows.num_tokens)
-    # Rows that flow may not enter: what they attend to gets nothing back from them.
-    closed = prompt_mask & ~answer_mask if absorb_at_prompt else torch.zeros_like(prompt_mask)
+    masks = flow_masks(rows.num_tokens, prompt_mask, answer_mask, question_mask)
+    # What rows that flow may not enter attend to gets nothing back from them.
+    closed = closed_tokens(prompt_mask, answer_mask, absorb_at_prompt)
     reach = torch.zeros(rows.num_tokens, dtype=torch.float64, device=answer_mask.device)
     for _ in descend(rows, answer_mask, closed, reach):
         pass
     check_reach(reach)
-    start = (question_mask & (reach > 0)).double()
+    start = (masks["question_mask"] & (reach > 0)).double()
     injection = start / start.sum().clamp(min=1)
     return _forward(rows, reach, injection, answer_mask, closed, TopK(32) if edges is None else edges, roles | masks)
 

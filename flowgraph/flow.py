@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from flowgraph.graph import TokenGraph, graph_batch, graph_ptr
+from flowgraph.graph import TokenGraph, closed_tokens, graph_batch, graph_ptr
 from flowgraph.pools import Pools, expand
 from flowgraph.solve import SOLVERS, Solution, System, choose_solver
 
@@ -135,9 +135,8 @@ def trace_flow(
     weight, source, target = graph.edge_weight.detach(), graph.edge_index[0], graph.edge_index[1]
     pools, batch, num_graphs = graph.pools, graph_batch(graph), len(graph_ptr(graph)) - 1
     if absorb_at_prompt:
-        closed = graph.prompt_mask & ~graph.answer_mask
-        weight = weight * ~closed[target]
-        pools = replace(pools, weight=pools.weight * (pools.collects | ~closed[pools.index[0]]))
+        closed = closed_tokens(graph.prompt_mask, graph.answer_mask, absorb_at_prompt)
+        weight, pools = weight * ~closed[target], pools.closed_to(closed)
     system = System(
         edge_index=graph.edge_index,
         edge_weight=weight,
@@ -190,7 +189,7 @@ def _solve_with_pools(
 ) -> tuple[Solution, Tensor, Tensor]:
     """The solution of tokens and edges, and what each token gets from pools and gives to them, [N] and [N]."""
     N = len(system.sinks)
-    nodes = expand(system.edge_index, system.edge_weight, pools, N)
+    nodes = expand(system.edge_index, system.edge_weight, pools)
     token, collects = pools.index[0], pools.collects
     count = int(nodes.tokens[-1]) + 1  # no pool stands behind the last token
 

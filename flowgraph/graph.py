@@ -108,10 +108,8 @@ class TokenGraph(Data):
         Raises:
             ValueError: names the argument or the broken law (see `validate`), what came and what to do.
         """
-        masks = {"prompt_mask": prompt_mask, "answer_mask": answer_mask}
-        masks |= {"question_mask": prompt_mask if question_mask is None else question_mask}
         num_tokens = prompt_mask.numel() if isinstance(prompt_mask, Tensor) else 0
-        check_masks(masks, num_tokens)
+        masks = flow_masks(num_tokens, prompt_mask, answer_mask, question_mask)
         response_mask = ~prompt_mask if response_mask is None else response_mask
         credit_mask = response_mask & ~answer_mask if credit_mask is None else credit_mask
         check_masks({"response_mask": response_mask, "credit_mask": credit_mask}, num_tokens)
@@ -187,7 +185,7 @@ class TokenGraph(Data):
     @property
     def num_pools(self) -> int:
         """M, of the graph or of the whole batch."""
-        return int(self.pool_index[1].max()) + 1 if self.pool_index.numel() else 0
+        return self.pools.count
 
     @property
     def pools(self) -> Pools:
@@ -265,6 +263,21 @@ def graph_batch(graph: Data) -> Tensor:
     """[N] the number of the graph that each token belongs to; zeros for a single graph."""
     batch = getattr(graph, "batch", None)
     return torch.zeros(graph.num_nodes, dtype=torch.int64, device=graph.edge_index.device) if batch is None else batch
+
+
+def flow_masks(
+    num_tokens: int, prompt_mask: Tensor, answer_mask: Tensor, question_mask: Tensor | None
+) -> dict[str, Tensor]:
+    """The masks that flow goes by, checked; the question is the prompt, unless it was narrowed."""
+    question_mask = prompt_mask if question_mask is None else question_mask
+    masks = {"prompt_mask": prompt_mask, "answer_mask": answer_mask, "question_mask": question_mask}
+    check_masks(masks, num_tokens)
+    return masks
+
+
+def closed_tokens(prompt_mask: Tensor, answer_mask: Tensor, absorb_at_prompt: bool) -> Tensor:
+    """[N] bool, the tokens that flow may not enter: with `absorb_at_prompt` those of the prompt that are no sinks."""
+    return prompt_mask & ~answer_mask & absorb_at_prompt
 
 
 def check_masks(masks: dict[str, Tensor], num_tokens: int) -> None:
@@ -407,9 +420,7 @@ def _check_pools(graph: TokenGraph, num_tokens: int, ptr: Tensor, batch: Tensor)
     if (bad := ~((weight > 0) & torch.isfinite(weight))).any():
         at = int(bad.nonzero()[0])
         raise ValueError(f"pool link number {at} has weight {float(weight[at])}; weights must be finite and above 0")
-    count = int(pool.max()) + 1
-    last = token.new_full((count,), -1).scatter_reduce_(0, pool[collects], token[collects], "amax")
-    first = token.new_full((count,), num_tokens).scatter_reduce_(0, pool[~collects], token[~collects], "amin")
+    first, last = graph.pools.first_paid, graph.pools.last_collected
     bad = (last < 0) | (first >= num_tokens) | (last >= first)
     bad = bad | (batch[last.clamp(min=0)] != batch[first.clamp(max=num_tokens - 1)])
     if bad.any():
@@ -418,7 +429,7 @@ def _check_pools(graph: TokenGraph, num_tokens: int, ptr: Tensor, batch: Tensor)
             f"pool {at} must collect from earlier tokens of a graph and pay to later ones of the same graph; it "
             f"collects up to token {int(last[at])} of the batch and pays from token {int(first[at])} on"
         )
-    total = weight.new_zeros(count).index_add_(0, pool[collects], weight[collects])
+    total = weight.new_zeros(len(first)).index_add_(0, pool[collects], weight[collects])
     if (bad := (total - 1).abs() > 1e-3).any():
         at = int(bad.nonzero()[0])
         raise ValueError(f"the shares that pool {at} collects sum to {float(total[at]):g}; they must sum to 1")

@@ -25,7 +25,7 @@ Shapes: N tokens, r rows of a block, M pools, L links between tokens and pools, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -53,6 +53,27 @@ class Pools:
     weight: Tensor
     collects: Tensor
     shape: Tensor
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return int(self.index[1].max()) + 1 if self.index.numel() else 0
+
+    @property
+    def first_paid(self) -> Tensor:
+        """[M] the first token that each pool pays to; N where there is none."""
+        token, pool = self.index[:, ~self.collects]
+        return token.new_full((self.count,), len(self.shape)).scatter_reduce_(0, pool, token, "amin")
+
+    @property
+    def last_collected(self) -> Tensor:
+        """[M] the last token that each pool collects from; -1 where there is none."""
+        token, pool = self.index[:, self.collects]
+        return token.new_full((self.count,), -1).scatter_reduce_(0, pool, token, "amax")
+
+    def closed_to(self, tokens: Tensor) -> Pools:
+        """Pools that pay nothing to some tokens, [N] bool."""
+        return replace(self, weight=self.weight * (self.collects | ~tokens[self.index[0]]))
 
     @classmethod
     def none(cls, like: Tensor) -> Pools:
@@ -196,11 +217,10 @@ class Expanded(NamedTuple):
     """[L] the number of each link."""
 
 
-def expand(edge_index: Tensor, edge_weight: Tensor, pools: Pools, num_tokens: int) -> Expanded:
+def expand(edge_index: Tensor, edge_weight: Tensor, pools: Pools) -> Expanded:
     """Make the pools of a graph, or of each graph in a batch, nodes like any other."""
-    (token, pool), collects = pools.index, pools.collects
-    count = int(pool.max()) + 1
-    first = token.new_full((count,), num_tokens).scatter_reduce_(0, pool[~collects], token[~collects], "amin")
+    (token, pool), collects, first = pools.index, pools.collects, pools.first_paid
+    num_tokens, count = len(pools.shape), len(first)
     place = torch.arange(num_tokens, device=token.device)
     tokens = place + torch.searchsorted(first, place, right=True)
     pool, token = (first + torch.arange(count, device=token.device))[pool], tokens[token]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flowgraph.certificate import Witnesses
 from flowgraph.exact import check_reach, descend
-from flowgraph.graph import TokenGraph, check_masks
+from flowgraph.graph import TokenGraph, closed_tokens, flow_masks
 from flowgraph.pools import PoolBuilder
 from flowgraph.rows import Rows
 from flowgraph.sparsify import EdgeRule, Edges, Threshold, check_weights
@@ -62,11 +62,9 @@ def sparse_graph(
             attention).
     """
     N = rows.num_tokens
-    question_mask = prompt_mask if question_mask is None else question_mask
-    masks = {"prompt_mask": prompt_mask, "answer_mask": answer_mask, "question_mask": question_mask}
-    check_masks(masks, num_tokens=N)
+    masks = flow_masks(N, prompt_mask, answer_mask, question_mask)
     rule = DEFAULT_RULE if edges is None else edges
-    closed = prompt_mask & ~answer_mask if absorb_at_prompt else torch.zeros_like(prompt_mask)
+    closed = closed_tokens(prompt_mask, answer_mask, absorb_at_prompt)
     device = answer_mask.device
     # Prompt and response, and the two halves of the prompt: within each, flow per reach varies less.
     end = int(prompt_mask.nonzero()[-1]) + 1 if prompt_mask.any() else 0

@@ -122,7 +122,7 @@ def pooled(N: int = 120, seed: int = 0, dtype: torch.dtype = torch.float64, **op
 
 def test_expanded_graphs_run_forward_in_time_and_are_sorted() -> None:
     graph = pooled()
-    nodes = expand(graph.edge_index, graph.edge_weight, graph.pools, 120)
+    nodes = expand(graph.edge_index, graph.edge_weight, graph.pools)
     source, target = nodes.edge_index
     assert (source < target).all()
     key = target * 10_000 + source
