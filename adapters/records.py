@@ -301,8 +301,12 @@ class ScoreFile:
 
     def __enter__(self) -> ScoreFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = pq.ParquetWriter(self._partial[0], self._schema)
         self._errors: IO[str] | None = None
+        try:
+            self._writer = pq.ParquetWriter(self._partial[0], self._schema)
+        except BaseException:  # Ctrl-C as well: the file may be there already, and no block will end
+            self._remove_partial()
+            raise
         return self
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -340,8 +344,11 @@ class ScoreFile:
                 else:
                     errors_path(self.path).unlink(missing_ok=True)  # of an earlier run
         finally:
-            for partial in self._partial:
-                partial.unlink(missing_ok=True)
+            self._remove_partial()
+
+    def _remove_partial(self) -> None:
+        for partial in self._partial:
+            partial.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------- reading scores

@@ -11,7 +11,6 @@ functions.
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import sys
@@ -53,18 +52,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that can't show a character gets a "?"
-    code: Any = 0
     try:
         app()
     except SystemExit as stopped:
-        code = stopped.code
-    if code == 130:
-        # Threads that still read ahead would be torn out of their C++ code by the end of the interpreter.
-        gc.collect()  # what was open is closed, and its files removed
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130)
-    sys.exit(code)
+        if stopped.code == 130:
+            # After Ctrl-C the end of the interpreter aborts now and then in the C++ of a library, and then the exit
+            # code would be another. Every file is closed or removed by now.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
+        raise
 
 
 def _version(asked: bool) -> None:
