@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import signal
 import subprocess
@@ -20,8 +19,8 @@ from torch import Tensor
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import ray
 
+from benchmarks import kill
 from flowgraph.adapters import service
 from flowgraph.adapters.ray import RayScorer
 from flowgraph.rl import Crediting, FlowConfig, Scored, Scorer
@@ -70,16 +69,8 @@ def cannot_load() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 * 2**20,
-    )
-    yield
-    ray.shutdown()
+    with kill.cluster():
+        yield
 
 
 @pytest.fixture(scope="module")
