@@ -196,14 +196,13 @@ def certificate(trace: Trace, estimates: bool) -> dict[str, float | None]:
     """
     flow, absorb = trace.flow, trace.options.absorb_at_prompt
     found = trace.certificate if estimates else certify(flow, absorb_at_prompt=absorb)
+    summary = found.summary()
     return {
         "dropped": float(trace.graph.dropped.double().mean()),
         "lost": float(found.lost.double().mean()),
         "unabsorbed": float(flow.unabsorbed.double().abs().sum()),
         "unlisted": float(flow.unlisted_inflow.double().sum()),
-        "reach_bound": float(found.reach_bound.max()),
-        "flow_bound": float(found.flow_bound.max()),
-        "top_overlap": found.top_overlap,
+        **{name: summary[name] for name in ("reach_bound", "flow_bound", "top_overlap")},
     }
 
 

@@ -122,8 +122,6 @@ class Capture:
         """
         if heads is not None and (not heads or not set(heads) <= set(self.layers)):
             raise ValueError(f"heads must be of some of the layers {self.layers}, got layers {sorted(heads)}")
-        if weights == "value_norm" and any(kept.value_norm is None for kept in self._kept):
-            raise ValueError('weights="value_norm" needs a capture that holds value norms: capture(..., values=True)')
         row = row if self._batch is None else self._batch[row]
         start, N = int(positions[0]), len(positions)
         # A slice is a view; only a trace with holes has to be copied.

@@ -55,6 +55,11 @@ class Witnesses:
     columns: Tensor
 
     @classmethod
+    def up_to_the_answer(cls, answer_mask: Tensor, count: int) -> Witnesses:
+        """`of` the tokens up to the last sink, [N] bool; of all where there is none. What follows carries no flow."""
+        return cls.of((_sum_from(answer_mask.long()) > 0) | ~answer_mask.any(), count)
+
+    @classmethod
     def of(cls, candidates: Tensor, count: int = WITNESSES, dtype: torch.dtype = torch.float32) -> Witnesses:
         """Evenly spread over the `candidates` [N] bool, nothing seen yet."""
         where = candidates.nonzero()[:, 0]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from flowgraph.answers import Finder
 from flowgraph.capture import Layers
 from flowgraph.certificate import WITNESSES
+from flowgraph.rows import check_kind
 from flowgraph.sparsify import EdgeRule
 
 LONG = 2048
@@ -82,8 +83,7 @@ class Options:
             raise ValueError(f'question must be "prompt" or "user", got {self.question!r}')
         if self.mode not in ("auto", "edges", "sparse", "exact"):
             raise ValueError(f'mode must be "auto", "edges", "sparse" or "exact", got {self.mode!r}')
-        if self.weights not in ("attention", "value_norm"):
-            raise ValueError(f'weights must be "attention" or "value_norm", got {self.weights!r}')
+        check_kind(self.weights)
         if self.memory is not None and (type(self.memory) is not int or self.memory < 1):
             raise ValueError(f"memory must be None or a number of bytes, got {self.memory!r}")
         if self.chunk not in ("auto", None) and (not isinstance(self.chunk, int) or self.chunk < 2):

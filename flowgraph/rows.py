@@ -155,6 +155,12 @@ class LayerQK:
         return replace(self, key=self.key[chosen // (H // K)], **per_head)
 
 
+def check_kind(weights: str) -> None:
+    """Raise a ValueError if `weights` names no kind of weight."""
+    if weights not in ("attention", "value_norm"):
+        raise ValueError(f'weights must be "attention" or "value_norm", got {weights!r}')
+
+
 class AttentionRows(BlockedRows):
     """The head-averaged attention of some layers, recomputed from their queries and keys.
 
@@ -176,8 +182,7 @@ class AttentionRows(BlockedRows):
     def __init__(
         self, layers: list[LayerQK], positions: Tensor, block: int | None = None, weights: str = "attention"
     ) -> None:
-        if weights not in ("attention", "value_norm"):
-            raise ValueError(f'weights must be "attention" or "value_norm", got {weights!r}')
+        check_kind(weights)
         if weights == "value_norm" and any(layer.value_norm is None for layer in layers):
             raise ValueError(
                 'weights="value_norm" needs value_norm in every layer: capture or record them with values=True'

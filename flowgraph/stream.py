@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flowgraph.capture import Capture, Layers, choose_layers, name_of
 from flowgraph.chunks import Store, check_chunk, passes
 from flowgraph.interface import Recorder, device_of, model_inputs, softmax_layers_of, unwrap
-from flowgraph.rows import RowBlock
+from flowgraph.rows import RowBlock, check_kind
 
 
 class StreamedRows:
@@ -114,8 +114,7 @@ def stream(
     """
     if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.shape[1]:
         raise ValueError(f"input_ids must be one trace [1, N], got {list(input_ids.shape)}; read traces one by one")
-    if weights not in ("attention", "value_norm"):
-        raise ValueError(f'weights must be "attention" or "value_norm", got {weights!r}')
+    check_kind(weights)
     model = unwrap(model)
     input_ids = input_ids.to(device_of(model))
     chosen = choose_layers(softmax_layers_of(model, input_ids), layers)

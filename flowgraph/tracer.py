@@ -166,17 +166,15 @@ class Tracer:
             rows.append(row)
             places.append(positions)
         packed = position_ids is not None and is_packed(position_ids, attention_mask)
-        tracer = self
         if options.memory is not None:
             lengths = [len(positions) for positions in places]
             planned = plan_batch(self.model, lengths, shape, options, packed=packed, captured=captured is not None)
             release_at_once()
             options = planned.options
-            tracer = Tracer(self.model, self.tokenizer, **vars(options))
         # Whether a trace is streamed is its own affair: its credits must not depend on what else is in the batch.
         chunks = [None if packed and options.chunk == "auto" else options.chunk_of(len(place)) for place in places]
         streams = [
-            captured is None and chunk is not None and tracer._can_stream(position_ids, row, positions)
+            captured is None and chunk is not None and _can_stream(options, position_ids, row, positions)
             for chunk, row, positions in zip(chunks, rows, places, strict=True)
         ]
         whole = sorted({row for row, streamed in zip(rows, streams, strict=True) if not streamed})
@@ -194,12 +192,12 @@ class Tracer:
         else:
             whole = list(range(shape[0]))
         attention = (
-            tracer._stream(input_ids, position_ids, row, positions, chunk or 0)
-            if streamed or captured is None
-            else _captured_rows(captured, whole.index(row), positions, options.weights)
-            for streamed, chunk, row, positions in zip(streams, chunks, rows, places, strict=True)
+            _captured_rows(captured, whole.index(row), positions, options.weights)
+            if captured is not None and not streamed
+            else self._stream(options, input_ids, position_ids, row, positions)
+            for streamed, row, positions in zip(streams, rows, places, strict=True)
         )
-        flows, witnesses = tracer._flows(attention, input_ids, rows, places, spans)
+        flows, witnesses = _flows(options, attention, input_ids, rows, places, spans)
         flow = Flow.of_batch(flows)
         how = {name: getattr(options, name) for name in ("rule", "top", "gain", "temperature")}
         credits = credit(flow, options.score, **how)
@@ -211,20 +209,12 @@ class Tracer:
             traces.append(Trace(one.graph, one, credited, spans[n], text, rows[n], places[n], options, kept, seen))
         return Traces(traces, flow, credits, shape)
 
-    def _can_stream(self, position_ids: Tensor | None, row: int, positions: Tensor) -> bool:
-        """Is one reading of the rows, from the first to the last, all that such a trace needs?
-
-        With gaps in its positions (pads between prompt and response) it can't be: they read as a new document.
-        """
-        if self.options.mode_of(len(positions)) == "exact" or self.options.keep_attention:
-            return False
-        return position_ids is None or bool((position_ids[row, positions.to(position_ids.device)].diff() == 1).all())
-
     def _stream(
-        self, input_ids: Tensor, position_ids: Tensor | None, row: int, positions: Tensor, chunk: int
+        self, options: Options, input_ids: Tensor, position_ids: Tensor | None, row: int, positions: Tensor
     ) -> _Attention:
         """The rows of a trace out of a forward pass of its own, which runs while they are read."""
-        options = self.options
+        chunk = options.chunk_of(len(positions))
+        assert chunk is not None
         rows = stream(
             self.model,
             input_ids[row, positions.to(input_ids.device)][None],
@@ -235,45 +225,6 @@ class Tracer:
             offload=options.offload,
         )
         return _Attention(rows, rows.device, rows.model, rows.layers)
-
-    def _flows(
-        self,
-        attention: Iterator[_Attention],
-        input_ids: Tensor,
-        rows: list[int],
-        places: list[Tensor],
-        spans: list[Spans],
-    ) -> tuple[list[Flow], list[Witnesses | None]]:
-        """The flow through each trace, in the mode that fits it; those over graphs are solved together."""
-        options = self.options
-        graphs: dict[int, TokenGraph] = {}
-        flows: dict[int, Flow] = {}
-        witnesses: list[Witnesses | None] = [None] * len(rows)
-        for n, (one, row, positions, found) in enumerate(zip(attention, rows, places, spans, strict=True)):
-            roles: dict[str, Any] = {name: getattr(found, name).to(one.device) for name in _ROLES}
-            roles["token_ids"] = input_ids[row, positions.to(input_ids.device)].to(one.device)
-            roles |= {"model": one.model, "layers": one.layers}
-            mode, absorb = options.mode_of(len(positions)), options.absorb_at_prompt
-            if mode == "exact":
-                # Two sweeps: what fits into memory of a constant size is computed once. (A stream is never read twice.)
-                rows_twice = KeptRows(one.rows) if isinstance(one.rows, BlockedRows) else one.rows
-                flows[n] = exact_flow(rows_twice, absorb_at_prompt=absorb, edges=options.edges, **roles)
-            elif mode == "sparse":
-                sinks = found.answer_mask.nonzero()
-                before = torch.arange(len(positions), device=one.device) <= (
-                    int(sinks[-1]) if len(sinks) else len(positions)
-                )
-                witnesses[n] = seen = Witnesses.of(before, options.witnesses) if options.witnesses else None
-                graphs[n] = sparse_graph(
-                    one.rows, absorb_at_prompt=absorb, edges=options.edges, witnesses=seen, **roles
-                )
-            else:
-                graphs[n] = TokenGraph.from_sparse(sparsify(one.rows, options.edges), **roles)
-        if graphs:
-            batch = Batch.from_data_list(list(graphs.values()))
-            together = trace_flow(batch, options.solver, absorb_at_prompt=options.absorb_at_prompt)
-            flows |= dict(zip(graphs, together, strict=True))
-        return [flows[n] for n in range(len(rows))], witnesses
 
     def _check_capture(self, captured: Capture, shape: tuple[int, int]) -> None:
         if captured.shape != shape:
@@ -324,6 +275,52 @@ class _Attention(NamedTuple):
 def _captured_rows(captured: Capture, row: int, positions: Tensor, weights: str) -> _Attention:
     rows = captured.rows(row, positions, weights=weights)
     return _Attention(rows, captured.device, captured.model, captured.layers)
+
+
+def _can_stream(options: Options, position_ids: Tensor | None, row: int, positions: Tensor) -> bool:
+    """Is one reading of the rows, from the first to the last, all that such a trace needs?
+
+    With gaps in its positions (pads between prompt and response) it can't be: they read as a new document.
+    """
+    if options.mode_of(len(positions)) == "exact" or options.keep_attention:
+        return False
+    return position_ids is None or bool((position_ids[row, positions.to(position_ids.device)].diff() == 1).all())
+
+
+def _flows(
+    options: Options,
+    attention: Iterator[_Attention],
+    input_ids: Tensor,
+    rows: list[int],
+    places: list[Tensor],
+    spans: list[Spans],
+) -> tuple[list[Flow], list[Witnesses | None]]:
+    """The flow through each trace, in the mode that fits it; those over graphs are solved together."""
+    graphs: dict[int, TokenGraph] = {}
+    flows: dict[int, Flow] = {}
+    witnesses: list[Witnesses | None] = [None] * len(rows)
+    for n, (one, row, positions, found) in enumerate(zip(attention, rows, places, spans, strict=True)):
+        roles: dict[str, Any] = {name: getattr(found, name).to(one.device) for name in _ROLES}
+        roles["token_ids"] = input_ids[row, positions.to(input_ids.device)].to(one.device)
+        roles |= {"model": one.model, "layers": one.layers}
+        mode, absorb = options.mode_of(len(positions)), options.absorb_at_prompt
+        if mode == "exact":
+            # Two sweeps: what fits into memory of a constant size is computed once. (A stream is never read twice.)
+            rows_twice = KeptRows(one.rows) if isinstance(one.rows, BlockedRows) else one.rows
+            flows[n] = exact_flow(rows_twice, absorb_at_prompt=absorb, edges=options.edges, **roles)
+        elif mode == "sparse":
+            if options.witnesses:
+                witnesses[n] = Witnesses.up_to_the_answer(roles["answer_mask"], options.witnesses)
+            graphs[n] = sparse_graph(
+                one.rows, absorb_at_prompt=absorb, edges=options.edges, witnesses=witnesses[n], **roles
+            )
+        else:
+            graphs[n] = TokenGraph.from_sparse(sparsify(one.rows, options.edges), **roles)
+    if graphs:
+        batch = Batch.from_data_list(list(graphs.values()))
+        together = trace_flow(batch, options.solver, absorb_at_prompt=options.absorb_at_prompt)
+        flows |= dict(zip(graphs, together, strict=True))
+    return [flows[n] for n in range(len(rows))], witnesses
 
 
 _ROLES = ("prompt_mask", "question_mask", "answer_mask", "response_mask", "credit_mask")
