@@ -23,13 +23,20 @@ def source() -> tuple[str, str]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         solved = [f"{row['question']}\n{row['response']}\n\n" for row in rows if row["source"] == "reference"]
         return GSM8K, "".join(solved)
+    return python_help()
+
+
+def python_help() -> tuple[str, str]:
+    """(name, text), on every machine."""
     from pydoc_data.topics import topics
 
     return HELP, "".join(topics[name] for name in sorted(topics))
 
 
-def tokens(tokenizer: Any, num_tokens: int, prompt: int) -> tuple[list[int], str, str]:
-    """(ids, text of the first `prompt` tokens, text of the rest).
+def tokens(
+    tokenizer: Any, num_tokens: int, prompt: int, text_of: tuple[str, str] | None = None
+) -> tuple[list[int], str, str]:
+    """(ids, text of the first `prompt` tokens, text of the rest), of a (name, text); default: of `source`.
 
     Both texts give the same ids again when they are tokenized apart, as tools do that take text: the trace starts at
     the first token of the source from which this holds.
@@ -37,7 +44,7 @@ def tokens(tokenizer: Any, num_tokens: int, prompt: int) -> tuple[list[int], str
     Raises:
         ValueError: the source is too short.
     """
-    name, text = source()
+    name, text = source() if text_of is None else text_of
     everything = tokenizer(text[: 8 * (num_tokens + 1000)], add_special_tokens=False).input_ids
     for start in range(1000):
         ids = everything[start : start + num_tokens]
