@@ -429,6 +429,17 @@ def _check_pools(graph: TokenGraph, num_tokens: int, ptr: Tensor, batch: Tensor)
             f"pool {at} must collect from earlier tokens of a graph and pay to later ones of the same graph; it "
             f"collects up to token {int(last[at])} of the batch and pays from token {int(first[at])} on"
         )
+    if (bad := batch[token] != batch[first[pool]]).any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"pool link number {at} joins token {int(token[at])} to a pool of another graph of the batch")
+    # A sparse matrix with the same entry twice is no matrix: solvers differ in what they make of it.
+    key = ((pool * 2 + collects) * num_tokens + token).sort().values
+    if (bad := key[1:] == key[:-1]).any():
+        twice = int(key[1:][bad][0])
+        raise ValueError(
+            f"the link between token {twice % num_tokens} and pool {twice // num_tokens // 2} occurs twice; add up its "
+            "weights first"
+        )
     total = weight.new_zeros(len(first)).index_add_(0, pool[collects], weight[collects])
     if (bad := (total - 1).abs() > 1e-3).any():
         at = int(bad.nonzero()[0])

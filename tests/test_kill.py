@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,34 @@ def test_a_row_that_kills_its_process_is_set_aside_at_last(tmp_path: Path) -> No
     assert ends == [-signal.SIGKILL] * 3 + [0]
     (failed,) = shards.read_failed(out)
     assert (failed["line"], "2 processes died" in failed["reason"]) == (4, True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small file system")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 4, 8, 12, 20, 28])
+def test_a_disk_that_is_really_full(tmp_path: Path, small_disk: Path, left: int) -> None:
+    """Wherever the space ends, in the manifest, a part, its rows set aside: the rest is done once there is room."""
+    source, out, ballast = write_rows(tmp_path / "in.jsonl", kill.rows_of(12)), small_disk / "out", small_disk / "rest"
+    score(job_of(source, tmp_path / "alone", shard_rows=4, reproducible=True))
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    os.truncate(ballast, ballast.stat().st_size - left * 1024)
+    with pytest.raises(OSError, match="No space left on device"):
+        score(job_of(source, out, shard_rows=4, reproducible=True))
+    ballast.unlink()
+    score(job_of(source, out, shard_rows=4, reproducible=True))
+    kill.check(source, out, contents(tmp_path / "alone"))
 
 
 # ------------------------------------------------------------------------- Ray

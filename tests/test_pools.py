@@ -225,6 +225,8 @@ def test_tokens_and_edges_are_counted_without_pools() -> None:
         (lambda p: replace(p, index=p.index + 500), "names a token or pool that does not exist"),
         (lambda p: replace(p, index=torch.stack([p.index[0], p.index[1].max() - p.index[1]])), "must be numbered"),
         (lambda p: replace(p, collects=torch.ones_like(p.collects)), "must collect from earlier tokens"),
+        (lambda p: twice(p, collecting=False), "occurs twice; add up its weights"),  # found by fuzzing: flow below 0
+        (lambda p: twice(p, collecting=True), "occurs twice; add up its weights"),
     ],
 )
 def test_broken_pools_are_refused(change: Any, says: str) -> None:
@@ -237,3 +239,20 @@ def test_broken_pools_are_refused(change: Any, says: str) -> None:
             answer_mask=graph.answer_mask,
             pools=change(graph.pools),
         )
+
+
+def twice(pools: Pools, collecting: bool) -> Pools:
+    """One of the links in two halves."""
+    link = int((pools.collects == collecting).nonzero()[-1])
+    order = torch.cat([torch.arange(len(pools.weight)), torch.tensor([link])])
+    weight = pools.weight[order].clone()
+    weight[[link, -1]] /= 2
+    return replace(pools, index=pools.index[:, order], weight=weight, collects=pools.collects[order])
+
+
+def test_a_pool_of_one_graph_that_pays_to_another_is_refused() -> None:
+    batch: Any = Batch.from_data_list([pooled(70, 1), pooled(70, 2)])
+    link = int((~batch.pool_collects & (batch.pool_index[0] == 69)).nonzero()[0])
+    batch.pool_index[0, link] = 139 - 1
+    with pytest.raises(ValueError, match=f"pool link number {link} joins token 138 to a pool of another graph"):
+        batch.validate()
