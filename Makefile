@@ -1,7 +1,7 @@
 # Everything happens in .venv of this checkout; pip's own settings (PIP_INDEX_URL, ...) apply.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-verl test-fuzz lint types format bench bench-flashtrace bench-trl soak kill wheel clean
+.PHONY: help setup demo test test-long test-gpu test-verl test-fuzz lint types format bench bench-flashtrace bench-trl soak kill evidence evidence-full wheel clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -96,6 +96,17 @@ soak: setup  ## score short rows for an hour: memory, rate, counts
 
 kill: setup  ## kill 40 jobs of scoring and compare with an undisturbed one
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.kill
+
+evidence: setup  ## rebuild the tables and pictures of docs/evidence.md from the logs
+	@$(BIN)/python -m benchmarks.evidence.page
+
+evidence-full: setup  ## run all that docs/evidence.md is made of (hours; goes on with the logs that are there)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence.decoders
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence.recall
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence.choices
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence.gsm8k
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rl_gain
+	@$(BIN)/python -m benchmarks.evidence.page
 
 wheel: setup  ## build the wheel and the source archive into dist/
 	@$(BIN)/python -m build --outdir dist .

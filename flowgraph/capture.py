@@ -108,6 +108,7 @@ class Capture:
         block: int | None = None,
         heads: Mapping[int, Sequence[int]] | None = None,
         weights: str = "attention",
+        backend: str = "auto",
     ) -> AttentionRows:
         """The attention among some tokens of one row of the batch, as a stream of row blocks.
 
@@ -119,6 +120,7 @@ class Capture:
                 over the heads, so a layer with more of them counts more.
             weights: "attention", or "value_norm": attention times the norm of what the value adds, see
                 `flowgraph.rows.AttentionRows`; for that the capture must hold `values`.
+            backend: "auto", "torch" or "triton", as in `flowgraph.rows.AttentionRows`.
         """
         if heads is not None and (not heads or not set(heads) <= set(self.layers)):
             raise ValueError(f"heads must be of some of the layers {self.layers}, got layers {sorted(heads)}")
@@ -147,7 +149,7 @@ class Capture:
                 value_norm=None if kept.value_norm is None else _tokens(kept.value_norm, row, index).to(self.device),
             )
             layers.append(layer if heads is None else layer.only(heads[number]))
-        return AttentionRows(layers, place, block, weights)
+        return AttentionRows(layers, place, block, weights, backend)
 
 
 def _tokens(kept: Tensor, row: int, index: slice | Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The command line: flowgraph trace, report, score, compare, stability, plan, doctor and demo.
+"""The command line: flowgraph trace, report, score, compare, stability, faithful, plan, doctor and demo.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 all fine; 1 it could not be done, and one line
-says why; 2 wrong usage; 3 `score` or `stability` finished, but set some lines aside; 130 stopped by Ctrl-C.
+says why; 2 wrong usage; 3 `score`, `stability` or `faithful` finished, but set some lines aside; 130 stopped by Ctrl-C.
 
 Here are the commands, what they read and write, and what becomes of errors. Their options are in cli_options.py, what
 they show in terminal.py. Torch and transformers take seconds to import, so everything heavy is imported inside
@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -861,6 +862,115 @@ def stability_command(
         raise typer.Exit(3)
 
 
+# ------------------------------------------------------------------------- faithful
+
+FAITHFUL = "What to compare"
+_SIGNALS = "Names with commas between, or all. Default: every kind, and the controls of flow and reach."
+_SHARES = "How many of the tokens that may be chosen are hidden: of 0.05,0.1,0.2,0.4."
+_ENDS = "top: the tokens with the highest scores; bottom: the lowest; or top,bottom."
+_RESTATED = "Tokens that restate the answer: exclude them from the choice, include them, or both: two tables."
+_CARRIERS = "Field of IN with character ranges [[start, stop], ...] of the response that carry the answer."
+
+
+@app.command("faithful")
+@_command
+def faithful_command(
+    context: typer.Context,  # holds all of these by name; options.load picks out what it needs
+    source: Annotated[Path, typer.Argument(metavar="TRACES", help="Responses: a file or a folder of files.")],
+    model: options.Model,
+    out: Annotated[Path, option(OUTPUT, "--out", "A new folder, or that of a run to go on with.", "DIR")],
+    signals: Annotated[Any, option(FAITHFUL, "--signals", _SIGNALS, "NAMES", parser=options.parse_names)] = None,
+    shares: Annotated[Any, option(FAITHFUL, "--shares", _SHARES, "SHARES", parser=options.parse_shares)] = "0.2",
+    ends: Annotated[Any, option(FAITHFUL, "--ends", _ENDS, "ENDS", parser=options.parse_names)] = "top",
+    restated: Annotated[
+        str, options.choice(FAITHFUL, "--restated", ("exclude", "include", "both"), _RESTATED)
+    ] = "exclude",
+    regenerate: Annotated[
+        int, option(FAITHFUL, "--regenerate", "Write the answer anew in the first N traces.", "N", min=0)
+    ] = 20,
+    curves: Annotated[
+        int, option(FAITHFUL, "--curves", "Deletion and insertion curves of the first N traces.", "N", min=0)
+    ] = 20,
+    limit: Annotated[
+        int | None, option(FAITHFUL, "--limit", "Traces, rows set aside not counted. Default: all.", "N", min=1)
+    ] = None,
+    carriers: Annotated[str | None, option(FAITHFUL, "--carriers", _CARRIERS, "FIELD")] = None,
+    seed: Annotated[
+        int, option(FAITHFUL, "--seed", "Of the bootstrap and the model with random weights.", "N", min=0)
+    ] = 0,
+    answer: options.Answer = "auto",
+    answer_regex: options.AnswerRegex = None,
+    max_tokens: options.MaxTokens = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    chat: options.Chat = None,
+    plot: Annotated[
+        bool | None,
+        option(OUTPUT, "--plot/--no-plot", "Draw DIR/faithful.png.", show_default="if matplotlib is there"),
+    ] = None,
+    quiet: Annotated[bool, option(OUTPUT, "--quiet -q", "Show nothing, only write files.")] = False,
+    verbose: options.Verbose = False,
+    traceback: options.Traceback = False,
+) -> None:
+    """Compare token scores by what hiding the tokens that they choose does to the answer.
+
+    [bold]Examples[/]
+    flowgraph faithful traces.jsonl -m smollm2 --out faithful --limit 100
+    flowgraph faithful traces.jsonl -m ./model --out faithful --shares 0.05,0.2 --ends top,bottom
+    flowgraph faithful traces.jsonl -m ./model --out faithful     # again after a stop: goes on
+
+    TRACES has the rows that flowgraph score reads. A field "answer" is the
+    right answer; without it that is what the response states. All signals
+    choose among the same tokens, before the answer; the chosen ones are
+    hidden from all later attention. In the tables
+      drop           of the answer's log-probability, in nats
+      against flow   better or worse, if the interval of the difference on the
+                     same traces leaves out 0
+      changed, lost  share of answers that greedy regeneration from the cut
+                     gives otherwise, and of right ones that it loses
+    Controls come first: a signal that they equal has not been shown to see
+    anything. DIR has traces.jsonl, faithful.json, .md and .png.
+
+    Rows that can't be used are counted with the reason, and the exit code is 3.
+    """
+    with terminal.hushed(verbose):
+        from flowgraph.adapters import inputs
+        from flowgraph.adapters.evidence.faithful import DEFAULT, PAGE, PICTURE, RESULT, FaithfulConfig, faithful
+        from flowgraph.adapters.evidence.plots import check
+
+        named: Any = DEFAULT if signals is None else "all" if signals == ["all"] else signals
+        names = ("restated", "regenerate", "curves", "limit", "carriers", "max_tokens", "seed")
+        try:
+            given = {name: context.params[name] for name in names}
+            config = FaithfulConfig(named, tuple(shares), tuple(ends), **given)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        if plot:
+            check()
+        rows = sum(shard.rows for one in inputs.sources(source) for shard in inputs.plan([one]))
+        rest = {"edges": ("auto", 0), "rule": "top", "top": 0.4, "gain": 1.5, "temperature": 1.0}
+        tracer, is_chat = options.load({**context.params, **rest})
+        config = replace(config, answer=tracer.options.answer, chat=is_chat)
+        done = _Done()
+        with terminal.progress(min(rows, limit or rows), done, quiet) as advance:
+
+            def heard(line: Mapping[str, Any]) -> None:
+                done.aside += "reason" in line
+                done.rows += "reason" not in line
+                advance(float(limit is None or "reason" not in line))
+
+            summary = faithful(
+                tracer.model, tracer.tokenizer, source, out, config, name=model, plot=plot, advance=heard
+            )
+    if not quiet:
+        terminal.show_faithful(summary)
+        for name in (RESULT, PAGE, PICTURE):
+            if (out / name).is_file():
+                terminal.say(f"wrote {out / name}")
+    if summary["set_aside"]:
+        raise typer.Exit(3)
+
+
 # ------------------------------------------------------------------------- plan
 
 
@@ -895,7 +1005,6 @@ def plan_command(
     asked = options.tracer_options({**context.params, **rest})
     with terminal.hushed(verbose):
         skeleton, place = options.outline(model, dtype, device)
-        from dataclasses import replace
         from itertools import product
 
         from rich.table import Table

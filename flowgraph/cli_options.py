@@ -75,6 +75,14 @@ def parse_names(text: str) -> list[str]:
     return names
 
 
+def parse_shares(text: str) -> list[float]:
+    """Shares with commas between, each a number or a percentage."""
+    try:
+        return [float(part.strip().removesuffix("%")) / (100 if "%" in part else 1) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not shares like 0.05,0.2") from None
+
+
 def _parse_pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
@@ -170,9 +178,9 @@ Answer = Annotated[str, choice(METHOD, "--answer", FINDERS, _FINDER)]
 AnswerRegex = Annotated[Any, option(METHOD, "--answer-regex", _REGEX, "REGEX", parser=_parse_pattern)]
 Question = Annotated[str, choice(METHOD, "--question", ("prompt", "user"), _QUESTION)]
 
-_SCORE = "What tokens are ranked by: throughput or reach."
+_SCORE = "What tokens are ranked by: throughput, reach, or mix, the geometric mean of their shares."
 _RULE = "How scores become weights: top, proportional, rank, softmax; or keep: 1 for the top, 0 for the rest."
-Score = Annotated[str, choice(CREDIT, "--score", ("throughput", "reach"), _SCORE)]
+Score = Annotated[str, choice(CREDIT, "--score", ("throughput", "reach", "mix"), _SCORE)]
 Rule = Annotated[str, choice(CREDIT, "--rule", RULES, _RULE)]
 Top = Annotated[float, option(CREDIT, "--top", "Share of the tokens that the rules top and keep pick.", "SHARE")]
 Gain = Annotated[float, option(CREDIT, "--gain", "The highest weight; 1 is neutral.", "WEIGHT")]

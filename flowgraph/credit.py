@@ -39,7 +39,7 @@ from torch_geometric.utils import to_dense_batch
 from flowgraph.flow import Flow
 from flowgraph.graph import graph_batch, graph_ptr
 
-SCORES = ("throughput", "reach")
+SCORES = ("throughput", "reach", "mix")
 PER = ("sequence", "batch")
 
 
@@ -152,7 +152,7 @@ class Credit:
 
     Attributes:
         weights: [N] what to multiply a token's loss with; 1 outside `mask`.
-        scores: [N] the throughput or reach that they come from.
+        scores: [N] the throughput, reach or mix that they come from.
         mask: [N] bool, the tokens that could get credit (the graphs' `credit_mask`).
         flags: one tuple per graph: "no_answer" (it has no sinks) or "no_flow" (it has, but no flow passes any token of
             the mask). Either way the weights of that graph are uniform.
@@ -227,13 +227,15 @@ def credit(
 
     Args:
         flow: from `trace_flow`.
-        score: "throughput", the flow through a token, or "reach", its influence on the answer wherever that comes from.
+        score: "throughput", the flow through a token; "reach", its influence on the answer wherever that comes from; or
+            "mix", the geometric mean of the two, each as a share of its sum over the tokens that are ranked (which of
+            them finds what: docs/evidence.md).
         rule, top, gain, temperature, per: as in `weights_from_scores`; with "batch" the graphs of this flow together.
     """
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r}")
     graph, mask = flow.graph, flow.graph.credit_mask
-    scores = flow.throughput if score == "throughput" else flow.reach
+    scores = _mix(flow) if score == "mix" else {"throughput": flow.throughput, "reach": flow.reach}[score]
     batch, ptr = graph_batch(graph), graph_ptr(graph)
     sizes = {"batch_size": len(ptr) - 1}
     dense, real = to_dense_batch(scores, batch, **sizes)
@@ -248,3 +250,17 @@ def credit(
     for blind, dry in zip(none_of(graph.answer_mask), none_of((scores > 0) & mask), strict=True):
         flags.append(("no_answer",) if blind else ("no_flow",) if dry else ())
     return Credit(weights, scores, mask, flags, ptr)
+
+
+def _mix(flow: Flow) -> Tensor:
+    """[N] sqrt(flow share * reach share); 0 in a graph without flow or reach. In logs, since reach may be tiny."""
+    graph, batch = flow.graph, graph_batch(flow.graph)
+
+    def shares(logs: Tensor) -> Tensor:
+        ranked = logs.masked_fill(~graph.credit_mask, -torch.inf)
+        dense, _ = to_dense_batch(ranked, batch, fill_value=-torch.inf, batch_size=len(graph_ptr(graph)) - 1)
+        total = dense.logsumexp(-1)[batch]
+        return torch.where(total > -torch.inf, logs - total, -torch.inf)
+
+    mean = (shares(flow.flow.double().log()) + shares(flow.log_reach.double())) / 2
+    return mean.exp().to(flow.throughput)

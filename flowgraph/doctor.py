@@ -27,6 +27,7 @@ EXTRAS = {  # extra of pyproject.toml -> module: distribution
     "analysis": {"pandas": "pandas"},
     "datasets": {"datasets": "datasets"},
     "report": {"plotly": "plotly"},
+    "evidence": {"matplotlib": "matplotlib"},
     "demo": {"gguf": "gguf"},
 }
 

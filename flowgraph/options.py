@@ -8,7 +8,7 @@ from typing import Any, Literal
 from flowgraph.answers import Finder
 from flowgraph.capture import Layers
 from flowgraph.certificate import WITNESSES
-from flowgraph.rows import check_kind
+from flowgraph.rows import check_backend, check_kind
 from flowgraph.sparsify import EdgeRule
 
 LONG = 2048
@@ -52,6 +52,8 @@ class Options:
             whole process. None: nobody checks.
         witnesses: in sparse mode, of so many tokens whole rows and columns are kept, for the estimates of the
             certificate; 0: none. Two float32 numbers per token each.
+        backend: what computes attention rows: "torch"; "triton", the kernels of `flowgraph.triton_rows` (a GPU, and a
+            model that is not float64; refused elsewhere); "auto": torch, until a GPU has seen and timed the kernels.
         max_tokens: longest trace; None takes the model's own window, `config.max_position_embeddings`.
     """
 
@@ -77,6 +79,7 @@ class Options:
     max_tokens: int | None = None
     keep_attention: bool = False
     witnesses: int = WITNESSES
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.question not in ("prompt", "user"):
@@ -84,6 +87,7 @@ class Options:
         if self.mode not in ("auto", "edges", "sparse", "exact"):
             raise ValueError(f'mode must be "auto", "edges", "sparse" or "exact", got {self.mode!r}')
         check_kind(self.weights)
+        check_backend(self.backend)
         if self.memory is not None and (type(self.memory) is not int or self.memory < 1):
             raise ValueError(f"memory must be None or a number of bytes, got {self.memory!r}")
         if self.chunk not in ("auto", None) and (not isinstance(self.chunk, int) or self.chunk < 2):

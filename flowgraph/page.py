@@ -41,7 +41,7 @@ _ANSWER: dict[str, type] = {"text": str, "start": int, "stop": int, "finder": st
 _SEGMENTS: dict[str, type] = {"start": int, "stop": int, "kind": str, "flow": float}  # each of length M
 _CHECKPOINT: dict[str, type] = {"start": int, "stop": int, "lost": float}
 _ROLES = ("prompt", "response", "answer", "other")
-_SCORES = ("throughput", "reach")
+_SCORES = ("throughput", "reach", "mix")
 
 # What could end the script element or the line, and what UTF-8 can't hold.
 _UNSAFE_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")

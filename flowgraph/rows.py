@@ -11,7 +11,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +57,8 @@ class BlockedRows(ABC):
     num_tokens: int
     starts: range
     """The first row of every block."""
+    backend = "torch"
+    """What computes on blocks: "torch", or "triton"; see `AttentionRows`."""
 
     @abstractmethod
     def block(self, start: int) -> RowBlock:
@@ -102,7 +106,7 @@ class KeptRows(BlockedRows):
     """
 
     def __init__(self, rows: BlockedRows, budget_bytes: int = KEPT_BYTES) -> None:
-        self.num_tokens, self.starts = rows.num_tokens, rows.starts
+        self.num_tokens, self.starts, self.backend = rows.num_tokens, rows.starts, rows.backend
         self._rows, self._room = rows, budget_bytes
         self._kept: dict[int, RowBlock] = {}
 
@@ -149,6 +153,8 @@ class LayerQK:
         H, K = len(self.query), len(self.key)
         if not heads or not all(0 <= head < H for head in heads) or len(set(heads)) < len(heads):
             raise ValueError(f"heads must be different numbers in 0..{H - 1}, at least one, got {list(heads)}")
+        if list(heads) == list(range(H)):
+            return self
         chosen = torch.tensor(list(heads), device=self.query.device)
         per_head = {name: getattr(self, name) for name in ("query", "sink_logits", "log_sum", "value_norm")}
         per_head = {name: None if value is None else value[chosen] for name, value in per_head.items()}
@@ -159,6 +165,36 @@ def check_kind(weights: str) -> None:
     """Raise a ValueError if `weights` names no kind of weight."""
     if weights not in ("attention", "value_norm"):
         raise ValueError(f'weights must be "attention" or "value_norm", got {weights!r}')
+
+
+def check_backend(backend: str) -> None:
+    """Raise a ValueError if `backend` names none."""
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f'backend must be "auto", "torch" or "triton", got {backend!r}')
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """ "torch" or "triton": the one that is named; "auto" is torch, until a GPU has seen and timed the kernels.
+
+    Raises:
+        ValueError: the backend that is named can't do this, or there is none of that name.
+        ImportError: it isn't installed.
+    """
+    check_backend(backend)
+    if backend != "triton":
+        return "torch"
+    if find_spec("triton") is None:
+        raise ImportError('backend="triton" needs Triton: pip install "flowgraph-llm[cuda]"')
+    if dtype == torch.float64:
+        raise ValueError('backend="triton" computes in float32 and the model is float64: use backend="torch"')
+    from flowgraph.triton_rows import INTERPRETED
+
+    if device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            'backend="triton" needs a GPU and the tensors are on the CPU: use backend="torch", or, to check the '
+            "kernels, Triton's interpreter (TRITON_INTERPRET=1 in the environment, before anything imports triton)"
+        )
+    return "triton"
 
 
 class AttentionRows(BlockedRows):
@@ -177,10 +213,19 @@ class AttentionRows(BlockedRows):
         weights: "attention": the mean over all heads. "value_norm": attention counts by how much the head then writes,
             `a[k, i] * ||W_O^h v_i||` (Kobayashi et al. 2020, arXiv 2004.10102), summed over the heads of a layer,
             divided by the sum of the row, and then the mean over layers.
+        backend: "torch"; "triton": the kernels of `flowgraph.triton_rows`, for queries that are not float64, on a GPU,
+            and masks that show each query an unbroken run of keys (windows, chunks, packed documents); "auto": torch,
+            until a GPU has seen and timed these kernels. What is named is taken or refused; the attribute `backend`
+            says which it is.
     """
 
     def __init__(
-        self, layers: list[LayerQK], positions: Tensor, block: int | None = None, weights: str = "attention"
+        self,
+        layers: list[LayerQK],
+        positions: Tensor,
+        block: int | None = None,
+        weights: str = "attention",
+        backend: str = "auto",
     ) -> None:
         check_kind(weights)
         if weights == "value_norm" and any(layer.value_norm is None for layer in layers):
@@ -188,6 +233,7 @@ class AttentionRows(BlockedRows):
                 'weights="value_norm" needs value_norm in every layer: capture or record them with values=True'
             )
         self._dtype = torch.float64 if layers[0].query.dtype == torch.float64 else torch.float32
+        self.backend = choose_backend(backend, positions.device, self._dtype)
         self._layers, self._positions, self._weights = layers, positions, weights
         self.num_tokens = N = layers[0].key.shape[1]
         self.starts = range(N - layers[0].query.shape[1], N, block or max(16, min(256, BLOCK_BYTES // (4 * N))))
@@ -195,6 +241,8 @@ class AttentionRows(BlockedRows):
     @torch.no_grad()
     def block(self, start: int) -> RowBlock:
         stop = min(start + self.starts.step, self.num_tokens)
+        if self.backend == "triton":
+            return RowBlock(start, self._kernels.rows(start, stop))
         by_value = self._weights == "value_norm"
         block = torch.zeros(stop - start, stop, dtype=self._dtype, device=self._positions.device)
         scratch = _Scratch(block)
@@ -211,6 +259,13 @@ class AttentionRows(BlockedRows):
             block += own.div_(own.sum(-1, keepdim=True).clamp_(min=torch.finfo(own.dtype).tiny))
         parts = len(self._layers) if by_value else sum(len(layer.query) for layer in self._layers)
         return RowBlock(start, block.div_(parts))
+
+    @cached_property
+    def _kernels(self) -> Any:
+        """A `TritonRows`."""
+        from flowgraph.triton_rows import TritonRows
+
+        return TritonRows(self._layers, self._positions, by_value=self._weights == "value_norm")
 
     @torch.no_grad()
     def heads(self, tokens: Sequence[int]) -> Iterator[list[Tensor]]:
@@ -264,7 +319,7 @@ def add_attention(
 ) -> None:
     """Add the attention of one layer, summed over its heads, to a block of rows.
 
-    Nearly all time goes here: this is the function to give a device its own kernel.
+    Nearly all time of `backend="torch"` goes here.
 
     Args:
         block: [r, stop] float32 or float64, rows `stop - r .. stop - 1`; changed in place.

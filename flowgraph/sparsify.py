@@ -114,6 +114,8 @@ def sparsify(rows: Rows, rule: EdgeRule | None = None) -> Edges:
         ValueError: a weight is NaN, infinite or negative; names the row and column.
     """
     rule = default_rule(rows.num_tokens) if rule is None else rule
+    if getattr(rows, "backend", "torch") == "triton" and isinstance(rule, Threshold) and rule.cap is None:
+        return _above(rows, rule)
     sources: list[Tensor] = []
     targets: list[Tensor] = []
     weights: list[Tensor] = []
@@ -139,15 +141,30 @@ def sparsify(rows: Rows, rule: EdgeRule | None = None) -> Edges:
     )
 
 
+def _above(rows: Rows, rule: Threshold) -> Edges:
+    """`sparsify` by a kernel, for which the host doesn't wait between blocks."""
+    from flowgraph.triton_rows import keep_above
+
+    kept = keep_above(rows.blocks(), rows.num_tokens, rule.value)
+    if kept.wrong is not None:
+        raise _wrong_weight(*kept.wrong)
+    edge_index = torch.stack([kept.source, kept.target])
+    return Edges(edge_index, kept.weight, kept.self_weight, kept.dropped, str(rule))
+
+
 def check_weights(block: Tensor, start: int) -> None:
     """Raise a ValueError that names the first NaN, infinite or negative weight of rows `start ..`."""
     least, most = block.aminmax()
     if not (least >= 0 and most < torch.inf):  # NaN is neither
         row, column = (int(x) for x in (~((block >= 0) & (block < torch.inf))).nonzero()[0])
-        raise ValueError(
-            f"W[{start + row}, {column}] = {float(block[row, column])}; attention weights must be finite and not "
-            "negative (NaN from a model: check its inputs, or load it in float32 or bfloat16)"
-        )
+        raise _wrong_weight(start + row, column, float(block[row, column]))
+
+
+def _wrong_weight(row: int, column: int, weight: float) -> ValueError:
+    return ValueError(
+        f"W[{row}, {column}] = {weight}; attention weights must be finite and not negative (NaN from a model: check "
+        "its inputs, or load it in float32 or bfloat16)"
+    )
 
 
 def _cap(weight: Tensor, keep: Tensor, cap: int | None) -> Tensor:

@@ -255,8 +255,8 @@ class _Part:
         self._whole, self._heads = whole, heads
         self._dense: DenseRows | None = None
 
-    def rows(self, row: int, positions: Tensor, weights: str = "attention") -> BlockedRows:
-        rows = self._whole.rows(row, positions, heads=self._heads, weights=weights)
+    def rows(self, row: int, positions: Tensor, weights: str = "attention", backend: str = "auto") -> BlockedRows:
+        rows = self._whole.rows(row, positions, heads=self._heads, weights=weights, backend=backend)
         if rows.num_tokens > LONG:
             return rows
         if self._dense is None:  # several variants read the default's: its queries and keys are multiplied once

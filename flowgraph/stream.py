@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flowgraph.capture import Capture, Layers, choose_layers, name_of
 from flowgraph.chunks import Store, check_chunk, passes
 from flowgraph.interface import Recorder, device_of, model_inputs, softmax_layers_of, unwrap
-from flowgraph.rows import RowBlock, check_kind
+from flowgraph.rows import RowBlock, check_backend, check_kind
 
 
 class StreamedRows:
@@ -41,6 +41,7 @@ class StreamedRows:
         weights: str,
         offload: bool,
         block: int | None,
+        backend: str,
     ) -> None:
         self.model, self.layers = name_of(model), layers
         self.num_tokens = inputs["input_ids"].shape[1]
@@ -48,6 +49,7 @@ class StreamedRows:
         self.dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
         self._model, self._inputs = model, inputs
         self._chunk, self._weights, self._offload, self._block = chunk, weights, offload, block
+        self._backend = backend
         self._read = False
 
     def blocks(self, last_first: bool = False) -> Iterator[RowBlock]:
@@ -74,7 +76,8 @@ class StreamedRows:
         for chunk in passes(self._model, recorder, self._inputs, self._chunk, self._offload):
             kept = store.join(chunk)
             queries = Capture(self.model, self.layers, [kept[layer] for layer in self.layers], _place=store.device)
-            rows = queries.rows(0, torch.arange(chunk.stop), self._block, weights=self._weights)
+            places = torch.arange(chunk.stop)
+            rows = queries.rows(0, places, self._block, weights=self._weights, backend=self._backend)
             for start, weight in rows.blocks():
                 yield RowBlock(start, weight.to(self.device))
             del kept, queries, rows  # or the next chunk would keep the keys twice
@@ -90,6 +93,7 @@ def stream(
     weights: str = "attention",
     offload: bool = False,
     block: int | None = None,
+    backend: str = "auto",
 ) -> StreamedRows:
     """The attention of one trace as rows that are read once, while the model runs up to its deepest chosen layer.
 
@@ -107,6 +111,7 @@ def stream(
         weights: "attention" or "value_norm", as `flowgraph.rows.AttentionRows` has them.
         offload: let the cache wait in CPU memory; each layer comes to the model while it is used.
         block: rows per block, in blocks that end with their chunk; default: as many as `flowgraph.rows` sees fit.
+        backend: "auto", "torch" or "triton", as `flowgraph.rows.AttentionRows` has them.
 
     Raises:
         ValueError: `input_ids` are not one trace, `position_ids` don't go up by one, `chunk` or `weights` make no
@@ -115,9 +120,10 @@ def stream(
     if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.shape[1]:
         raise ValueError(f"input_ids must be one trace [1, N], got {list(input_ids.shape)}; read traces one by one")
     check_kind(weights)
+    check_backend(backend)
     model = unwrap(model)
     input_ids = input_ids.to(device_of(model))
     chosen = choose_layers(softmax_layers_of(model, input_ids), layers)
     inputs = model_inputs(input_ids, None, position_ids)
     check_chunk(chunk, inputs)
-    return StreamedRows(model, inputs, chosen, chunk, weights, offload, block)
+    return StreamedRows(model, inputs, chosen, chunk, weights, offload, block, backend)

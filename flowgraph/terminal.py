@@ -359,3 +359,61 @@ def _stability_table(rows: Sequence[tuple[str, ...]], top: float) -> None:
         table.add_row(group if group != before else "", *map(Text, cells))
         before = group
     stdout().print(table)
+
+
+# ------------------------------------------------------------------------- what hiding tokens does
+
+
+_WIDE = 120  # columns that a table of numbers may take in a narrow terminal or a pipe: a cut number is worse
+
+
+def show_faithful(found: Mapping[str, Any]) -> None:
+    """The controls, then a table for every choice of tokens, the best signals first, to stdout."""
+    out = stdout()
+    out.width = max(out.width, _WIDE)
+    aside = sum(found["set_aside"].values())
+    facts = f"{found['traces']:,} traces" + (f", {aside:,} rows set aside" if aside else "")
+    out.print(Text(facts, style="bold"), soft_wrap=True)
+    for reason_why, count in found["set_aside"].items():
+        out.print(Text(clean(f"set aside: {count:,} rows: {reason_why}"), style="yellow"), soft_wrap=True)
+    if found["sanity"]:
+        controls = Table("control", "tokens hidden", "the real signal's lead", "control", box=None, pad_edge=False)
+        for row in found["sanity"]:
+            style = {"loses": "green", "does not lose": "bold red"}.get(row["verdict"])
+            cells = (row["control"], _choice_of(row), _cell(row["difference"]), row["verdict"])
+            controls.add_row(*map(Text, cells), style=style)
+        out.print("")
+        out.print(controls)
+    for one in found["tables"]:
+        out.print("")
+        out.print(Text(f"{_choice_of(one)} hidden, {one['traces']:,} traces", style="bold"))
+        out.print(_drops(one))
+
+
+def _choice_of(where: Mapping[str, Any]) -> str:
+    restated = "" if where["restated"] == "exclude" else ", restatements too"
+    return f"{where['end']} {where['share']:.0%}{restated}"
+
+
+def _drops(one: Mapping[str, Any]) -> Table:
+    metrics = one["metrics"]
+    others = [name for name in ("changed", "lost", "recall") if name in metrics]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("signal", no_wrap=True)
+    for name in ("drop", "minus flow", "against flow", *others):
+        table.add_column(name, justify="left" if name == "against flow" else "right", no_wrap=True)
+    drop = metrics["drop"]
+    for name in sorted(drop, key=lambda name: drop[name]["mean"], reverse=one["end"] == "top"):
+        flow = drop[name].get("minus_flow")
+        verdict = "" if flow is None else flow["verdict"]
+        cells = (name, _cell(drop[name]), _cell(flow), verdict, *(_cell(metrics[other].get(name)) for other in others))
+        style = "bold" if name == "flow" else {"better": "green", "worse": "red"}.get(verdict)
+        table.add_row(*map(Text, cells), style=style)
+    return table
+
+
+def _cell(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["mean"] is None:
+        return ""
+    low, high = (float("nan") if found[end] is None else found[end] for end in ("low", "high"))
+    return _mean((found["mean"], low, high), ".2f")

@@ -140,7 +140,8 @@ class Trace:
         """
         if self.captured is None:
             raise ValueError("the attention of this trace is gone; trace it with keep_attention=True to read it again")
-        return self.captured.rows(self.row, self.positions, weights=self.options.weights)
+        how = self.options
+        return self.captured.rows(self.row, self.positions, weights=how.weights, backend=how.backend)
 
     def contract(self, by: str | Splitter | Segments = "sentences") -> Flow:
         """The flow between segments; see `flowgraph.contract`. In exact mode from the attention, if it was kept."""

@@ -192,7 +192,7 @@ class Tracer:
         else:
             whole = list(range(shape[0]))
         attention = (
-            _captured_rows(captured, whole.index(row), positions, options.weights)
+            _captured_rows(captured, whole.index(row), positions, options)
             if captured is not None and not streamed
             else self._stream(options, input_ids, position_ids, row, positions)
             for streamed, row, positions in zip(streams, rows, places, strict=True)
@@ -223,6 +223,7 @@ class Tracer:
             chunk=chunk,
             weights=options.weights,
             offload=options.offload,
+            backend=options.backend,
         )
         return _Attention(rows, rows.device, rows.model, rows.layers)
 
@@ -272,8 +273,8 @@ class _Attention(NamedTuple):
     layers: list[int]
 
 
-def _captured_rows(captured: Capture, row: int, positions: Tensor, weights: str) -> _Attention:
-    rows = captured.rows(row, positions, weights=weights)
+def _captured_rows(captured: Capture, row: int, positions: Tensor, options: Options) -> _Attention:
+    rows = captured.rows(row, positions, weights=options.weights, backend=options.backend)
     return _Attention(rows, captured.device, captured.model, captured.layers)
 
 

@@ -3,7 +3,7 @@
 Scorer, FlowConfig      rollouts -> token weights, in any layout
 Crediting               one training step: rollouts and advantages -> a factor per token
 shape_advantages        weights into advantages
-BASELINES               rival signals under the same recipe
+BASELINES               rival signals under the same recipe; formulas of those that attribute the answer: `attributions`
 Monitor, monitor        what the credits of a step look like
 """
 

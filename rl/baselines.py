@@ -15,8 +15,13 @@ model gives at the position before it.
     coupled            the bonus by FAI and WAAD together, see `coupled_bonus`     "proportional"
     answer_attention   mean over the sinks a > s of A[a, s]                        "top", 0.4
     gradient_norm      |d log p_t / d logits| = sqrt(1 - 2 p_t + sum_v p_t(v)^2)   "top", 0.4
+    rollout            what the sinks have of s by attention through all layers    "top", 0.4
+    routes             the same, by what attention writes                          "top", 0.4
+    gradient_input     |sum of (d log p(answer) / d embedding_s) * embedding_s|    "top", 0.4
+    recency            (s + 1) / N: the later, the higher                          "top", 0.4
 
-Reach and throughput, the scores of flow itself, come from `flowgraph.credit`.
+Reach and throughput, the scores of flow itself, come from `flowgraph.credit`; the formulas of the last four, with their
+sources, are in `flowgraph.rl.attributions`.
 
 Sources. Entropy: arXiv 2506.01939, which trains only on the 20 % of a batch's tokens with the highest entropy. FAI,
 WAAD and their coupling: arXiv 2510.13554, definitions 4.1 and 4.2 and section 5.2, by its second version (in the first,
@@ -59,6 +64,7 @@ from flowgraph.capture import (
     unwrap,
 )
 from flowgraph.credit import weights_from_scores
+from flowgraph.rl.attributions import gradient_input, layer_rows, recency, rollout, routes
 from flowgraph.rows import Rows
 from flowgraph.spans import Spans
 
@@ -76,7 +82,7 @@ class Baseline:
         name: one of `BASELINES`.
         model: a causal language model, as for `capture`; it is left as it was.
         layers: "middle" or "all" (five evenly spaced ones for the scores of local and global heads, all of them for
-            "answer_attention"), or layer numbers, taken as they are.
+            "answer_attention"), or layer numbers, taken as they are. "rollout" and "routes" always go through all.
         heads: the local and the global heads, from `calibrate` or from an earlier run; default: calibrated on the first
             batch. Once known they stay, whatever becomes of the model. Give them where runs have to compare.
         seed: of "random".
@@ -105,13 +111,15 @@ class Baseline:
         Args:
             input_ids: [B, T] int64, one trace per row. attention_mask: [B, T], 0 at pads; None: no pads.
             spans: one per row, over its N real tokens. Read are `response_mask` (R, tool output included if it is),
-                `answer_mask` (the sinks) and `credit_mask` (the tokens among which "coupled" chooses).
+                `answer_mask` (the sinks), `answer_tokens` (by "gradient_input") and `credit_mask` (the tokens among
+                which "coupled" chooses).
 
         Returns:
             One float32 tensor [N] per row, on the CPU.
 
         Raises:
-            ValueError: names the row whose spans don't fit; or the model can't be read, as in `capture`.
+            ValueError: names the row whose spans don't fit; or the model can't be read, as in `capture` or, for
+                "routes", as there.
         """
         batch = _Batch.of(input_ids, attention_mask, spans)
         return [score.float().cpu() for score in BASELINES[self.name](self, batch)]
@@ -146,6 +154,10 @@ class _Batch:
 
     def capture(self, model: nn.Module, layers: Layers) -> Capture:
         return capture(model, self.ids, self.attention_mask, layers=layers)
+
+    def alone(self) -> Iterator[Tensor]:
+        """The ids [N] of each row, without its pads."""
+        return (ids[place.to(ids.device)] for ids, place in zip(self.ids, self.positions, strict=True))
 
 
 def _real(ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -211,6 +223,31 @@ def _answer_attention(baseline: Baseline, batch: _Batch) -> Iterable[Tensor]:
         yield answer_attention(captured.rows(row, place), spans.answer_mask)
 
 
+def _rollout(baseline: Baseline, batch: _Batch) -> Iterable[Tensor]:
+    captured = batch.capture(baseline.model, "all")
+    for row, (place, spans) in enumerate(zip(batch.positions, batch.spans, strict=True)):
+        yield rollout(layer_rows(captured, row, place), spans.answer_mask)
+
+
+def _routes(baseline: Baseline, batch: _Batch) -> Iterable[Tensor]:
+    for ids, spans in zip(batch.alone(), batch.spans, strict=True):
+        yield routes(baseline.model, ids, spans.answer_mask)
+
+
+def _gradient_input(baseline: Baseline, batch: _Batch) -> Iterable[Tensor]:
+    for row, (ids, spans) in enumerate(zip(batch.alone(), batch.spans, strict=True)):
+        if spans.answer_mask.any() and not spans.answer_tokens.any():
+            raise ValueError(
+                f"spans of row {row} have sinks but no answer_tokens, the tokens whose log-probability "
+                '"gradient_input" takes: give answer_tokens to locate, not sink_mask'
+            )
+        yield gradient_input(baseline.model, ids, spans.answer_tokens)
+
+
+def _recency(baseline: Baseline, batch: _Batch) -> Iterable[Tensor]:
+    return (recency(len(place)) for place in batch.positions)
+
+
 BASELINES: dict[str, Callable[[Baseline, _Batch], Iterable[Tensor]]] = {
     "uniform": _uniform,
     "random": _random,
@@ -220,6 +257,10 @@ BASELINES: dict[str, Callable[[Baseline, _Batch], Iterable[Tensor]]] = {
     "coupled": _coupled,
     "answer_attention": _answer_attention,
     "gradient_norm": _gradient_norm,
+    "rollout": _rollout,
+    "routes": _routes,
+    "gradient_input": _gradient_input,
+    "recency": _recency,
 }
 NEED_HEADS = ("future_attention", "windowed_distance", "coupled")
 """Those that read local or global heads, and calibrate them if none are given."""

@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch_geometric.data import Batch
 
-from flowgraph import TokenGraph, credit, trace_flow, weights_from_scores
+from flowgraph import Flow, TokenGraph, credit, trace_flow, weights_from_scores
 from tests.graphs import graphs, mask_of, random_graph
 
 RULES = ("top", "proportional", "rank", "softmax", "keep")
@@ -253,14 +254,42 @@ def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
         weights_from_scores(**arguments)
 
 
-@pytest.mark.parametrize("score", ["throughput", "reach"])
+def mixed(flow: Flow) -> Tensor:
+    """The mix of one graph as `credit` gives it, once it is what its definition says."""
+    found = credit(flow, "mix").scores
+    mask = flow.graph.credit_mask
+    flows, reaches = flow.flow.double(), flow.reach.double()
+    if not float(flows[mask].sum()) or not float(reaches[mask].sum()):
+        assert not found.any()
+    elif float(reaches[mask].max()) > 1e-30:
+        expected = (flows / flows[mask].sum() * reaches / reaches[mask].sum()).sqrt()
+        torch.testing.assert_close(found, expected.to(found), rtol=1e-5, atol=1e-15)
+    return found
+
+
+def test_a_mix_needs_no_reach_that_fits_the_dtype() -> None:
+    """All weights into the answer times 1e-40: reach is 0 in float32, its logarithm is not."""
+    graph = random_graph(12, dtype=torch.float32)
+    usual = credit(trace_flow(graph), "mix").scores
+    into = graph.answer_mask[graph.edge_index[1]]
+    graph.edge_weight = torch.where(into, graph.edge_weight * 1e-30, graph.edge_weight)
+    flow = trace_flow(graph)
+    graph.edge_weight = torch.where(into, graph.edge_weight * 1e-10, graph.edge_weight)
+    tiny = trace_flow(graph)
+    assert float(tiny.reach[~graph.answer_mask].max()) < 1e-37
+    for found, tolerance in ((flow, 1e-4), (tiny, 1e-2)):
+        scores = credit(found, "mix").scores
+        torch.testing.assert_close(scores[graph.credit_mask], usual[graph.credit_mask], rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("score", ["throughput", "reach", "mix"])
 @pers
 @pytest.mark.parametrize("rule", ["top", "keep"])
 @given(several=st.lists(graphs(max_tokens=16), min_size=1, max_size=4))
 def test_credit_of_a_batch_is_the_definition(score: str, per: str, rule: str, several: list[TokenGraph]) -> None:
     flow = trace_flow(Batch.from_data_list(several))
     credits = credit(flow, score, rule=rule, per=per)
-    parts = [part.throughput if score == "throughput" else part.reach for part in flow]
+    parts = [mixed(part) if score == "mix" else getattr(part, score) for part in flow]
     masks = [graph.credit_mask.tolist() for graph in several]
     expected = weights_by_hand([part.tolist() for part in parts], masks, rule, per)
     assert len(credits) == len(several)
@@ -293,7 +322,7 @@ def test_weights_come_back_in_the_callers_layout() -> None:
 
 
 def test_unknown_score() -> None:
-    with pytest.raises(ValueError, match="score must be one of 'throughput', 'reach', got 'attention'"):
+    with pytest.raises(ValueError, match="score must be one of 'throughput', 'reach', 'mix', got 'attention'"):
         credit(trace_flow(random_graph(8)), "attention")
 
 

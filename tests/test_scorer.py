@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowgraph import Tracer, capture
+from flowgraph.credit import SCORES
 from flowgraph.rl import BASELINES, FlowConfig, Scored, Scorer
 from flowgraph.rl.baselines import NEED_HEADS, HeadGroups
 from tests.models import tiny
@@ -70,7 +71,7 @@ def test_the_token_that_carries_all_flow_gets_the_gain_in_every_layout(layout: s
         assert torch.equal(scored.to_layout(shape), torch.where(is_mark(batch), 3.0, 1.0))
 
 
-@pytest.mark.parametrize("score", ["throughput", "reach", *BASELINES])
+@pytest.mark.parametrize("score", [*SCORES, *BASELINES])
 def test_batching_changes_nothing(score: str) -> None:
     model = policy()
     token_ids, masks = rollouts()

@@ -1,0 +1,1 @@
+"""Evidence about token scores: do they point at the tokens that matter?"""

@@ -1,0 +1,264 @@
+"""`make evidence`: docs/evidence.md and its pictures, from the committed logs alone. Nothing here runs a model.
+
+    results/evidence/recall-*.jsonl, choices-*.jsonl, rl-*.jsonl, gsm8k*/{run.json,traces.jsonl}  ->  tables, pictures
+
+The page holds its prose; what stands between `<!-- name -->` and `<!-- /name -->` is written here. A section whose log
+is missing says so, and what would make it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rl_gain
+from benchmarks.evidence import choices, gsm8k, recall
+from benchmarks.evidence.tasks import TASKS
+from flowgraph.adapters.evidence import plots, summary
+from flowgraph.adapters.evidence.signals import CONTROLS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = Path("docs/evidence.md")
+PICTURES = Path("docs/img")
+LOGS = Path("benchmarks/results/evidence")
+HIDING = tuple(gsm8k.RUNS)
+"""Folders of the runs of `flowgraph faithful`."""
+MAIN = HIDING[0]
+
+HEADLINE = ("scratchpad", "addition", "chains", "needles")
+"""Tasks in the order of the page: the carriers of the first stand in the response."""
+
+Cell = Mapping[str, Any]
+
+
+# --- small parts ------------------------------------------------------------------------------------------------------
+
+
+def grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows))
+
+
+def shown(cell: Cell | None, signed: bool = False) -> str:
+    """A mean with its interval."""
+    if cell is None or cell["mean"] is None:
+        return ""
+    how = "+.2f" if signed else ".2f"
+    if cell["low"] is None:
+        return f"{cell['mean']:{how}}"
+    return f"{cell['mean']:{how}} [{cell['low']:{how}}, {cell['high']:{how}}]"
+
+
+def word(difference: Cell | None) -> str:
+    """What an interval of a difference says, where more is better."""
+    if difference is None or difference["low"] is None:
+        return ""
+    if difference["low"] > 0:
+        return "better"
+    return "worse" if difference["high"] < 0 else "no difference"
+
+
+def lines_of(*paths: Path) -> list[dict[str, Any]]:
+    """The lines of some logs; those that are missing have none."""
+    return [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def carriers_section(logs: Path) -> str:
+    """Recall of known carriers, task by task."""
+    found = recall.summarise(lines_of(*(logs / f"recall-{task}.jsonl" for task in TASKS)))
+    parts = []
+    for task in HEADLINE:
+        if task not in found or "signals" not in found[task]:
+            parts.append(missing(f"recall-{task}.jsonl", f"python -m benchmarks.evidence.recall --tasks {task}"))
+            continue
+        parts.append(_carriers_table(task, found[task]))
+    return "\n\n".join(parts)
+
+
+def _carriers_table(task: str, one: Mapping[str, Any]) -> str:
+    hops = [key for key in one["chance"] if key.startswith("hop ")]
+    keys = ["precision", "recall", *(hops if len(hops) > 1 else [])]
+    rows = []
+    ordered = sorted(one["signals"].items(), key=lambda item: -item[1]["max"]["precision"]["mean"])
+    for name, by in ordered:
+        best, difference = by["max"], by["max"].get("difference", {}).get("precision")
+        cells = [shown(best["precision"]), shown(difference, signed=True), word(difference)]
+        cells += [shown(best["recall"]), *(f"{best[hop]['mean']:.2f}" for hop in keys[2:])]
+        rows.append([f"`{name}`", *cells, f"{by['mean']['precision']['mean']:.2f}"])
+    chance = {key: f"{value:.2f}" for key, value in one["chance"].items()}
+    rows.append(["*chance*", chance["precision"], "", "", chance["recall"], *(chance[hop] for hop in keys[2:]), ""])
+    verified = "" if one["verified"] is None else f", of these {one['verified']:.0%} agree with intervention"
+    return "\n\n".join(
+        [
+            f"### {task}",
+            f"{one['problems']} problems, of which the decoder solves {one['solved']:.0%}{verified}: {one['counted']} "
+            "count.",
+            grid(
+                ("signal", "average precision", "- flow", "against flow", "recall", *keys[2:], "precision, mean token"),
+                rows,
+            ),
+        ]
+    )
+
+
+def choices_section(logs: Path) -> str:
+    """Which variant of flow and reach wins where it may be chosen, and what it is worth where it is reported."""
+    found = choices.summarise(lines_of(*(logs / f"choices-{name}.jsonl" for name in (*TASKS, "gsm8k"))))
+    keys = [*found["rule"], *(key for key in map(" ".join, choices.REPORTED) if key in found["traces"])]
+    rows = []
+    ranked = sorted(found["candidates"].items(), key=lambda item: (item[1]["mean rank"] or 1e9, item[0]))
+    for name, one in ranked:
+        cells = one["choose"] | one["report"]
+        rank = "" if one["mean rank"] is None else f"{one['mean rank']:.1f}"
+        words = {key: word(one["difference"].get(key)) for key in keys}
+        marks = {"better": " +", "worse": " -"}
+        rows.append((f"`{name}`", rank, *(f"{_mean(cells.get(key))}{marks.get(words[key], '')}" for key in keys)))
+    winner = found["winner"]
+    differences = "; ".join(
+        f"{key} {shown(cell, signed=True)}" for key, cell in found["candidates"][winner]["difference"].items()
+    )
+    return "\n\n".join(
+        [
+            f"The rule chooses `{winner}`. Minus `{choices.DEFAULT}`, on the report half: {differences or 'nothing'}.",
+            "Columns: " + ", ".join(f"{key} ({found['traces'][key]} problems)" for key in keys) + ". The first "
+            f"{len(found['rule'])} are for choosing; in the others + and - stand where the paired interval of the "
+            f"difference from `{choices.DEFAULT}` lies above or below 0.",
+            grid(("candidate", "mean rank", *keys), rows),
+        ]
+    )
+
+
+def _mean(cell: Cell | None) -> str:
+    return "" if cell is None or cell["mean"] is None else f"{cell['mean']:.2f}"
+
+
+def sanity_section(logs: Path) -> str:
+    """Controls: by hiding, and by carriers."""
+    parts = []
+    if (logs / MAIN / summary.RUN).is_file():
+        found = summary.summarise(logs / MAIN)
+        rows = [
+            (f"`{row['control']}`", f"`{row['of']}`", summary.number(row["difference"], "+.2f"), row["verdict"])
+            for row in found["sanity"]
+        ]
+        parts.append(f"Drop of log p(answer) on GSM8K, {found['traces']} traces:")
+        parts.append(grid(("control", "of", "real signal - control (nats)", "the control"), rows))
+    carriers = recall.summarise(lines_of(*(logs / f"recall-{task}.jsonl" for task in TASKS)))
+    rows = []
+    for task in HEADLINE:
+        for name, by in carriers.get(task, {}).get("signals", {}).items():
+            if name.startswith("flow/") and name.split("/")[-1] in CONTROLS:
+                cell = by["max"]["difference"]["precision"]
+                turned = {"mean": -cell["mean"], "low": -cell["high"], "high": -cell["low"]}
+                verdict = "loses" if turned["low"] > 0 else "does not lose"
+                rows.append((f"`{name}`", task, shown(turned, signed=True), verdict))
+    parts.append("Average precision of known carriers:")
+    parts.append(grid(("control", "task", "`flow` - control", "the control"), rows))
+    return "\n\n".join(parts)
+
+
+def hiding_section(logs: Path) -> str:
+    """The tables of the runs of `flowgraph faithful`."""
+    parts = []
+    for run in HIDING:
+        if not (logs / run / summary.RUN).is_file():
+            parts.append(missing(run, f"python -m benchmarks.evidence.gsm8k --runs {run}"))
+            continue
+        found = summary.summarise(logs / run)
+        for table in found["tables"]:
+            parts += [f"### {summary.title(table)}", summary.table_text(table, found["seconds"]["signals"])]
+        for table in found["curves"]:
+            parts += [f"### Deletion and insertion; {summary.RESTATED[table['restated']]}", summary.metrics_text(table)]
+    return "\n\n".join(parts)
+
+
+def rl_section(logs: Path) -> str:
+    """Does it help RL? One table per task."""
+    parts = []
+    for name, lines in _runs(logs).items():
+        found = rl_gain.summarise(lines)
+        rows = []
+        for arm, one in found["arms"].items():
+            against = [one["against"].get(other) for other in ("uniform", "random")]
+            words = [text for x in against for text in (("", "") if x is None else (_area(x), x["verdict"]))]
+            cells = [str(one["seeds"]), shown(one["final"]), shown(one["area"])]
+            rows.append([f"`{arm}`", *cells, *words, f"{one['cpu_seconds']:.0f}"])
+        headings = ("arm", "seeds", "final", "area", "area - uniform", "against uniform", "area - random")
+        parts += [f"### {name}", grid((*headings, "against random", "CPU s"), rows)]
+        parts.append(f"![Learning curves of {name}](img/evidence-rl-{name}.png)")
+    return "\n\n".join(parts) or missing("rl-*.jsonl", "python -m benchmarks.rl_gain")
+
+
+def _area(against: Mapping[str, Any]) -> str:
+    cell = against["area"]
+    return f"{cell['mean']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
+
+
+def _runs(logs: Path) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each task with the settings of today."""
+    found = {}
+    for name, task in rl_gain.TASKS.items():
+        key = rl_gain.Settings().of(task).key
+        found[name] = [one for one in rl_gain.read(logs / f"rl-{name}.jsonl") if one["settings"] == key]
+    return {name: runs for name, runs in found.items() if runs}
+
+
+def missing(log: str, command: str) -> str:
+    return f"(There is no {log} yet: `{command}` makes it.)"
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "sanity": sanity_section,
+    "carriers": carriers_section,
+    "hiding": hiding_section,
+    "choices": choices_section,
+    "rl": rl_section,
+}
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """The page with another content of one section.
+
+    Raises:
+        ValueError: the page does not hold both marks of the section, once each and in order.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{PAGE} must hold {begin} and, after it, {end}, once each")
+    return f"{text[: text.index(begin)]}{begin}\n\n{content}\n\n{text[text.index(end) :]}"
+
+
+def page(text: str, logs: Path) -> str:
+    """The page with all sections anew."""
+    for name, section in SECTIONS.items():
+        text = fill(text, name, section(logs))
+    return text
+
+
+def pictures(logs: Path, into: Path) -> None:
+    """Learning curves, and drops and curves of hiding."""
+    into.mkdir(parents=True, exist_ok=True)
+    for name, lines in _runs(logs).items():
+        rl_gain.plot(rl_gain.summarise(lines), into / f"evidence-rl-{name}.png")
+    for run in HIDING:
+        if (logs / run / summary.RUN).is_file():
+            plots.draw(summary.summarise(logs / run), into / f"evidence-{run}.png")
+
+
+def main() -> None:
+    path = ROOT / PAGE
+    path.write_text(page(path.read_text(encoding="utf-8"), ROOT / LOGS), encoding="utf-8")
+    pictures(ROOT / LOGS, ROOT / PICTURES)
+    print(f"wrote {PAGE} and its pictures")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,671 @@
+"""Attention rows, and the edges in them, by Triton kernels: for GPUs, straight from queries and keys.
+
+`flowgraph.rows.AttentionRows(backend="triton")` and `flowgraph.sparsify.sparsify` call what is here. Three kernels:
+
+    rows      one program per tile [rows, columns] of the mean. It goes through all layers and heads with the sum of
+              their attention in registers, `2 ** (scores - log-sum-exp)` each, and writes the mean: no score is ever
+              stored. The tile of keys is held while the query heads that share it go by.
+    log-sum   one program per head and tile of rows, which it holds while the keys go by. For layers whose own kernel
+              gave no log-sum-exp: soft caps, sinks, eager attention, traces that are part of what the model saw.
+    keep      one program per tile of rows: from the left to the right, what is above the threshold goes to the next
+              free place of its row. Rows sum to 1 at most, so that floor(1 / threshold) places are always enough; the
+              columns come out sorted.
+
+Rows and edges are two launches and not one, since a program that cuts off must have seen all layers, heads and earlier
+columns: one program would do a whole row, and the last rows would keep a GPU waiting. What goes from one to the other
+is a block of the mean, [r, N] float32, which stays in the cache of the GPU.
+
+Nothing is added up by atomics, the order of all sums is fixed, and the sizes of tiles follow from the shapes and not
+from timings: the same inputs give the same bits on the same kind of device with the same Triton. Products are those of
+the tensor cores for bfloat16 and float16, with sums in float32; float32 is multiplied in float32, not in TF32.
+
+What has been checked, and where: Triton's interpreter (`TRITON_INTERPRET=1`, which also takes tensors on the CPU) runs
+the tests against `backend="torch"`; and the kernels are compiled for the H100 (sm_90), which needs no GPU: the compiler
+takes tensor cores and asynchronous copies of 16 bytes, and has registers enough. No GPU has run them yet: sizes of
+tiles, warps and stages are reasoned and not measured.
+
+Shapes: N tokens, n the last of them that have queries, r rows of a block, L layers of a launch, H query heads, K key
+heads, D head size, C places for kept columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))  # scores are kept in powers of 2, as GPUs take them
+
+_MASK_NUMBERS = 2**23
+"""How much of a mask is looked at at a time."""
+
+
+class Layer(Protocol):
+    """What is read of a `flowgraph.rows.LayerQK`."""
+
+    @property
+    def query(self) -> Tensor: ...
+    @property
+    def key(self) -> Tensor: ...
+    @property
+    def scaling(self) -> float: ...
+    @property
+    def softcap(self) -> float | None: ...
+    @property
+    def sink_logits(self) -> Tensor | None: ...
+    @property
+    def visible(self) -> Callable[[Tensor, Tensor], Tensor] | None: ...
+    @property
+    def log_sum(self) -> Tensor | None: ...
+    @property
+    def value_norm(self) -> Tensor | None: ...
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+# Offsets are int64: 128 K tokens of 64 heads of 256 numbers are 2 ** 31. Tiles of queries are [rows, D], of keys
+# [D, columns]. BLOCK_D is D rounded up to a power of 2, of which what is beyond D is 0.
+
+
+@triton.jit
+def _query_tile(base, head, rows, exists, head_stride, row_stride, D, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    numbers = tl.arange(0, BLOCK_D)
+    where = head.to(tl.int64) * head_stride + rows[:, None].to(tl.int64) * row_stride + numbers[None, :]
+    return tl.load(base + where, mask=exists[:, None] & (numbers[None, :] < D), other=0.0)
+
+
+@triton.jit
+def _key_tile(base, head, columns, exists, head_stride, row_stride, D, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    numbers = tl.arange(0, BLOCK_D)
+    where = head.to(tl.int64) * head_stride + columns[None, :].to(tl.int64) * row_stride + numbers[:, None]
+    return tl.load(base + where, mask=exists[None, :] & (numbers[:, None] < D), other=0.0)
+
+
+@triton.jit
+def _score_tile(query, key, scale, cap, HAS_CAP: tl.constexpr, MULTIPLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scores in powers of 2. With a cap, `scale` is 2 log2(e) scaling / cap and `cap` is log2(e) times it."""
+    scores = tl.dot(query.to(MULTIPLY), key.to(MULTIPLY), input_precision="ieee") * scale
+    if HAS_CAP:
+        scores = cap - 2 * cap / (1 + tl.exp2(scores))  # cap * tanh(x), of scores = 2 x log2(e)
+    return scores
+
+
+@triton.jit(do_not_specialize=["start", "stop", "before", "num_layers"])
+def _rows_kernel(  # type: ignore[no-untyped-def]
+    out,  # [r, stop] float32
+    table,  # [L, 4] int64: where query, key, log_sum and value_norm of each layer are
+    first,  # [n] int32: the first key that each query sees
+    start,
+    stop,
+    before,  # tokens before the first query
+    num_layers,
+    share,  # what the sum over heads is multiplied by
+    scale,
+    cap,
+    query_head,  # strides
+    query_row,
+    key_head,
+    key_row,
+    log_sum_head,
+    norm_head,
+    D,
+    KEY_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads for each key head
+    HAS_CAP: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    ADD: tl.constexpr,  # to what is in `out`; else all of it is written
+    DTYPE: tl.constexpr,
+    MULTIPLY: tl.constexpr,  # dtype of the product's factors
+    ALIGN: tl.constexpr,  # bytes that all addresses in the table are multiples of
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Programs that run at the same time share their keys.
+    rows = start + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row_exists, column_exists = rows < stop, columns < stop
+    seen = columns[None, :] <= rows[:, None]
+    works = tl.program_id(1) * BLOCK_C < start + (tl.program_id(0) + 1) * BLOCK_R
+    if HAS_FIRST:
+        begin = tl.load(first + (rows - before), mask=row_exists, other=stop)
+        seen = seen & (columns[None, :] >= begin[:, None])
+        works = works & ((tl.program_id(1) + 1) * BLOCK_C > tl.min(begin, 0))
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    if works:
+        for step in range(num_layers * KEY_HEADS):
+            entry = table + step // KEY_HEADS * 4
+            key_number = step % KEY_HEADS
+            # An address out of memory could be any: the hint is what lets 16 bytes be loaded at once.
+            queries = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), ALIGN)
+            keys = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(DTYPE)), ALIGN)
+            log_sums = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+            norms = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+            key = _key_tile(keys, key_number, columns, column_exists, key_head, key_row, D, BLOCK_D)
+            for member in range(GROUP):
+                head = key_number * GROUP + member
+                query = _query_tile(queries, head, rows - before, row_exists, query_head, query_row, D, BLOCK_D)
+                log_sum = tl.load(
+                    log_sums + head.to(tl.int64) * log_sum_head + (rows - before), mask=row_exists, other=0.0
+                )
+                scores = _score_tile(query, key, scale, cap, HAS_CAP, MULTIPLY)
+                weight = tl.exp2(scores - log_sum[:, None] * _LOG2_E)
+                if HAS_NORM:
+                    norm = tl.load(norms + head.to(tl.int64) * norm_head + columns, mask=column_exists, other=0.0)
+                    weight *= norm[None, :]
+                total += weight
+    # Hidden only now, in the sum over heads, since a known log-sum-exp doesn't ask what else was in the row.
+    total = tl.where(seen, total * share, 0.0)
+    places = out + (rows[:, None] - start).to(tl.int64) * stop + columns[None, :]
+    exists = row_exists[:, None] & column_exists[None, :]
+    if ADD:
+        if works:
+            tl.store(places, tl.load(places, mask=exists, other=0.0) + total, mask=exists)
+    else:
+        tl.store(places, total, mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_queries", "before"])
+def _log_sum_kernel(  # type: ignore[no-untyped-def]
+    out,  # [H, n] float32: natural logarithm
+    query,
+    key,
+    first,
+    num_queries,  # n
+    before,
+    scale,
+    cap,
+    query_head,
+    query_row,
+    key_head,
+    key_row,
+    D,
+    GROUP: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    MULTIPLY: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last rows see most keys: they begin first
+    rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_exists = rows < num_queries
+    queries = _query_tile(query, head, rows, row_exists, query_head, query_row, D, BLOCK_D)
+    place = rows + before
+    stop = tl.minimum((tile + 1) * BLOCK_R, num_queries) + before
+    begin = tl.zeros([BLOCK_R], tl.int32)
+    if HAS_FIRST:
+        begin = tl.load(first + rows, mask=row_exists, other=stop)
+    most = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for low in range(tl.min(begin, 0) // BLOCK_C * BLOCK_C, stop, BLOCK_C):
+        columns = low + tl.arange(0, BLOCK_C)
+        keys = _key_tile(key, head // GROUP, columns, columns < stop, key_head, key_row, D, BLOCK_D)
+        scores = _score_tile(queries, keys, scale, cap, HAS_CAP, MULTIPLY)
+        seen = (columns[None, :] <= place[:, None]) & (columns[None, :] >= begin[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+        total = total * tl.exp2(most - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
+        most = higher
+    base = tl.where(most == float("-inf"), 0.0, most)
+    tl.store(out + head.to(tl.int64) * num_queries + rows, (base + tl.log2(total)) / _LOG2_E, mask=row_exists)
+
+
+@triton.jit(do_not_specialize=["start", "stop", "num_tokens", "capacity"])
+def _keep_kernel(  # type: ignore[no-untyped-def]
+    block,  # [r, stop] float32
+    columns,  # [N, C] int32
+    weights,  # [N, C] float32
+    sums,  # [4, N] float32: self, kept, dropped, first wrong weight
+    numbers,  # [2, N] int32: count, column of the first wrong weight or -1
+    start,
+    stop,
+    block_row,  # strides
+    block_column,
+    num_tokens,
+    capacity,
+    threshold,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    inside = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = start + inside
+    exists = rows < stop
+    row_base = block + inside.to(tl.int64) * block_row
+    count = tl.zeros([BLOCK_R], tl.int32)
+    kept = tl.zeros([BLOCK_R], tl.float32)
+    dropped = tl.zeros([BLOCK_R], tl.float32)
+    wrong = tl.full([BLOCK_R], 2147483647, tl.int32)
+    # All columns, since what is above the diagonal is checked too.
+    for low in range(0, stop, BLOCK_C):
+        column = low + tl.arange(0, BLOCK_C)
+        real = exists[:, None] & (column[None, :] < stop)
+        weight = tl.load(row_base[:, None] + column[None, :].to(tl.int64) * block_column, mask=real, other=0.0)
+        fine = (weight >= 0) & (weight < float("inf"))  # NaN is neither
+        wrong = tl.minimum(wrong, tl.min(tl.where(fine, 2147483647, column[None, :]), 1))
+        past = column[None, :] < rows[:, None]
+        keep = past & (weight > threshold)
+        place = count[:, None] + tl.cumsum(keep.to(tl.int32), 1) - 1
+        free = keep & (place < capacity)  # more than that is an error, named afterwards
+        where = rows[:, None].to(tl.int64) * capacity + place
+        tl.store(columns + where, tl.broadcast_to(column[None, :], [BLOCK_R, BLOCK_C]), mask=free)
+        tl.store(weights + where, weight, mask=free)
+        count += tl.sum(keep.to(tl.int32), 1)
+        kept += tl.sum(tl.where(keep, weight, 0.0), 1)
+        dropped += tl.sum(tl.where(past & (weight <= threshold), weight, 0.0), 1)
+    is_wrong = wrong < stop
+    own = tl.load(row_base + rows.to(tl.int64) * block_column, mask=exists, other=0.0)
+    sample = tl.load(row_base + wrong.to(tl.int64) * block_column, mask=exists & is_wrong, other=0.0)
+    N = num_tokens.to(tl.int64)
+    tl.store(sums + rows, own, mask=exists)
+    tl.store(sums + N + rows, kept, mask=exists)
+    tl.store(sums + 2 * N + rows, dropped, mask=exists)
+    tl.store(sums + 3 * N + rows, sample, mask=exists)
+    tl.store(numbers + rows, count, mask=exists)
+    tl.store(numbers + N + rows, tl.where(is_wrong, wrong, -1), mask=exists)
+
+
+INTERPRETED = not isinstance(_rows_kernel, triton.JITFunction)
+"""Does Triton's interpreter run the kernels? (`TRITON_INTERPRET=1`, set before triton is imported.)"""
+
+_COMPILED: dict[str, Any] = {"enable_fp_fusion": True}
+"""Said and not left to the version of Triton, of which each has its own default."""
+
+KEEP_ROWS, KEEP_COLUMNS = 4, 256
+"""The tile of the keep kernel: few rows, so that a block gives many programs."""
+
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+class Tile(NamedTuple):
+    """Sizes of the tiles of a product, and how a program works on them."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def tile_for(rows: int, head_size: int, dtype: torch.dtype) -> Tile:
+    """For so many rows; by reasoning about the H100 (228 KiB of shared memory, 64 K registers), not by timing.
+
+    bfloat16 and float16: 64 x 128 tiles of a sum and of scores take 128 registers of each of 128 threads, and two
+    stages of queries beside the keys 64 KiB at head size 128, so that two programs share a multiprocessor: one
+    multiplies while the other takes powers. float32 has no tensor cores and is multiplied in registers, of which larger
+    tiles would take too many.
+    """
+    height = min(64, max(16, triton.next_power_of_2(rows)))
+    if dtype == torch.float32:
+        return Tile(min(height, 32), 32, 8, 1)
+    return Tile(height, 128 if head_size <= 128 else 64, 4, 2)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def first_seen(visible: Callable[[Tensor, Tensor], Tensor], positions: Tensor, before: int = 0) -> Tensor:
+    """A mask as data: the first key that each query sees, from which on it sees all up to itself.
+
+    That is what causal attention, sliding windows, chunks and packed documents look like, and any mix of them.
+
+    Args:
+        visible: (query positions [r], key positions [n]) -> [r, n] bool. positions: [N].
+        before: queries belong to the tokens from here on.
+
+    Returns:
+        [N - before] int32; the number of the token after it for a query that sees nothing.
+
+    Raises:
+        ValueError: a query sees keys with a gap between them, or not itself.
+    """
+    N = len(positions)
+    parts = []
+    for start in range(before, N, height := max(1, _MASK_NUMBERS // N)):
+        stop = min(start + height, N)
+        seen = visible(positions[start:stop], positions[:stop]).tril(start)
+        after = torch.arange(start + 1, stop + 1, device=positions.device)
+        count = seen.sum(-1)
+        first = torch.where(count > 0, seen.view(torch.uint8).argmax(-1), after)
+        parts.append(torch.stack([first, count - (after - first)]))
+    first, gaps = torch.cat(parts, 1)
+    if gaps.any():
+        row = before + int(gaps.nonzero()[0])
+        raise ValueError(
+            f'visible: token {row} does not see an unbroken run of keys up to itself, and backend="triton" reads no '
+            'other masks: use backend="torch"'
+        )
+    return first.int()
+
+
+class _Launch(NamedTuple):
+    """Layers that are alike in all but their addresses, for one launch.
+
+    Attributes:
+        layers: their query [H, n, D], key [K, N, D], log_sum [H, n] and value_norm [H, N] (or none), which have to live
+            as long as the table. table: [L, 4] int64, their addresses. first: [n] int32 or None.
+    """
+
+    layers: list[_Placed]
+    table: Tensor
+    first: Tensor | None
+
+
+class _Placed(NamedTuple):
+    """One layer on the device of the kernels."""
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    softcap: float | None
+    log_sum: Tensor
+    value_norm: Tensor | None
+
+    @property
+    def scores(self) -> tuple[float, float]:
+        """`scale` and `cap` of the kernels."""
+        return _scale_and_cap(self.scaling, self.softcap)
+
+    def kind(self) -> tuple[Any, ...]:
+        """What layers of one launch have in common."""
+        norm = None if self.value_norm is None else self.value_norm.stride()
+        shape = (self.query.shape, self.key.shape, self.query.dtype)
+        return shape, self.scores, self.query.stride(), self.key.stride(), self.log_sum.stride(), norm
+
+
+class TritonRows:
+    """Rows of the head-averaged attention of some layers, as `flowgraph.rows.AttentionRows` defines them.
+
+    Queries and keys that lie on the device are read where they are. Those that lie elsewhere come layer by layer with
+    every block. Where the log-sum-exp is missing, it is worked out first: once, and kept, [H, n] float32 per layer (of
+    layers that lie elsewhere, with every block).
+
+    Args:
+        layers: all of one trace, bfloat16, float16 or float32. positions: [N], on the device to compute on.
+        by_value: weigh by value norms.
+
+    Raises:
+        ValueError: a mask is not one that `first_seen` takes.
+    """
+
+    def __init__(self, layers: Sequence[Layer], positions: Tensor, by_value: bool) -> None:
+        self._layers, self._device, self._by_value = layers, positions.device, by_value
+        self._before = layers[0].key.shape[1] - layers[0].query.shape[1]
+        self._first = {
+            visible: None if visible is None else first_seen(visible, positions, self._before)
+            for visible in {layer.visible for layer in layers}
+        }
+        # Rows by value are normalised layer by layer.
+        alike: dict[Any, list[int]] = {}
+        placed: dict[int, _Placed] = {}
+        for number, layer in enumerate(layers):
+            if not self._is_here(layer):
+                continue
+            placed[number] = self._place(layer, layer.query, layer.key, layer.log_sum, self._before)
+            key = number if by_value else (placed[number].kind(), layer.visible)
+            alike.setdefault(key, []).append(number)
+        self._launches = [
+            _launch([placed[number] for number in numbers], self._first[layers[numbers[0]].visible])
+            for numbers in alike.values()
+        ]
+        self._elsewhere = [layer for layer in layers if not self._is_here(layer)]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """[stop - start, stop] float32: rows start .. stop - 1 of `W`."""
+        out = torch.empty(stop - start, stop, dtype=torch.float32, device=self._device)
+        share = 1 / (len(self._layers) if self._by_value else sum(len(layer.query) for layer in self._layers))
+        is_first = True
+        own = torch.empty_like(out) if self._by_value else None
+        for launch, before in self._launches_for(start, stop):
+            if own is None:
+                _add_rows(out, launch, start, before, share, add=not is_first)
+            else:
+                _add_rows(own, launch, start, before, 1.0, add=False)
+                # A row that sees nothing but values of norm 0 stays 0.
+                own *= share / own.sum(-1, keepdim=True).clamp_(min=torch.finfo(own.dtype).tiny)
+                out = own.clone() if is_first else out.add_(own)
+            is_first = False
+        return out
+
+    def _launches_for(self, start: int, stop: int) -> Iterable[tuple[_Launch, int]]:
+        """The launches of a block, with the number of tokens before their first query."""
+        for launch in self._launches:
+            yield launch, self._before
+        for layer in self._elsewhere:
+            rows = slice(start - self._before, stop - self._before)
+            log_sum = None if layer.log_sum is None else layer.log_sum[:, rows]
+            first = self._first[layer.visible]
+            first = None if first is None else first[rows]
+            placed = self._place(layer, layer.query[:, rows], layer.key[:, :stop], log_sum, start)
+            yield _launch([placed], first), start
+
+    def _is_here(self, layer: Layer) -> bool:
+        return layer.query.device == self._device == layer.key.device
+
+    def _place(self, layer: Layer, query: Tensor, key: Tensor, log_sum: Tensor | None, before: int) -> _Placed:
+        """A layer, or some rows of one, on the device and as the kernels read it."""
+        dtype = torch.promote_types(query.dtype, key.dtype)
+        query, key = (_with_rows(x.to(self._device, dtype)) for x in (query, key))
+        if log_sum is None:
+            first = self._first[layer.visible]
+            first = None if first is None else first[before - self._before :][: query.shape[1]]
+            log_sum = log_sums(query, key, layer.scaling, layer.softcap, layer.sink_logits, first)
+        norm = layer.value_norm if self._by_value else None
+        norm = None if norm is None else _with_rows(norm.to(self._device, torch.float32))
+        log_sum = _with_rows(log_sum.to(self._device, torch.float32))
+        return _Placed(query, key, layer.scaling, layer.softcap, log_sum, norm)
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """Of which the last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launch(layers: list[_Placed], first: Tensor | None) -> _Launch:
+    addresses = [
+        [0 if x is None else x.data_ptr() for x in (layer.query, layer.key, layer.log_sum, layer.value_norm)]
+        for layer in layers
+    ]
+    return _Launch(layers, torch.tensor(addresses, device=layers[0].query.device), first)
+
+
+def _add_rows(out: Tensor, launch: _Launch, start: int, before: int, share: float, add: bool) -> None:
+    """Write the attention of some layers, summed over heads and times `share`, to out [r, stop], or add it."""
+    layer = launch.layers[0]
+    (r, stop), (H, _, D), K = out.shape, layer.query.shape, len(layer.key)
+    scale, cap = layer.scores
+    norm = layer.value_norm
+    tile = tile_for(r, D, layer.query.dtype)
+    addresses = [x.data_ptr() for one in launch.layers for x in (one.query, one.key)]
+    with _on(out.device):
+        _rows_kernel[triton.cdiv(r, tile.rows), triton.cdiv(stop, tile.columns)](
+            out,
+            launch.table,
+            launch.table if launch.first is None else launch.first,
+            start,
+            stop,
+            before,
+            len(launch.layers),
+            share,
+            scale,
+            cap,
+            *layer.query.stride()[:2],
+            *layer.key.stride()[:2],
+            layer.log_sum.stride(0),
+            0 if norm is None else norm.stride(0),
+            D,
+            KEY_HEADS=K,
+            GROUP=H // K,
+            HAS_CAP=layer.softcap is not None,
+            HAS_FIRST=launch.first is not None,
+            HAS_NORM=norm is not None,
+            ADD=add,
+            DTYPE=_DTYPES[layer.query.dtype],
+            MULTIPLY=_factors(layer.query.dtype),
+            ALIGN=math.gcd(16, *addresses),
+            BLOCK_R=tile.rows,
+            BLOCK_C=tile.columns,
+            BLOCK_D=max(16, triton.next_power_of_2(D)),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **_COMPILED,
+        )
+
+
+def log_sums(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    first: Tensor | None = None,
+) -> Tensor:
+    """[H, n] float32 log-sum-exp of the scores of each row, as `flowgraph.rows.LayerQK` defines `log_sum`.
+
+    Args:
+        query: [H, n, D], the last tokens. key: [K, N, D]; both with contiguous last dimension, on one device.
+        sink_logits: [H] or None. first: [n] int32 the first key that each query sees, or None: all up to itself.
+    """
+    (H, n, D), (K, N, _) = query.shape, key.shape
+    out = torch.empty(H, n, dtype=torch.float32, device=query.device)
+    scale, cap = _scale_and_cap(scaling, softcap)
+    tile = tile_for(n, D, query.dtype)
+    with _on(query.device):
+        _log_sum_kernel[H, triton.cdiv(n, tile.rows)](
+            out,
+            query,
+            key,
+            query if first is None else first,
+            n,
+            N - n,
+            scale,
+            cap,
+            *query.stride()[:2],
+            *key.stride()[:2],
+            D,
+            GROUP=H // K,
+            HAS_CAP=softcap is not None,
+            HAS_FIRST=first is not None,
+            MULTIPLY=_factors(query.dtype),
+            BLOCK_R=tile.rows,
+            BLOCK_C=tile.columns,
+            BLOCK_D=max(16, triton.next_power_of_2(D)),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **_COMPILED,
+        )
+    return out if sink_logits is None else torch.logaddexp(out, sink_logits.to(out)[:, None])
+
+
+def _scale_and_cap(scaling: float, softcap: float | None) -> tuple[float, float]:
+    """What `_score_tile` takes."""
+    log2_e = math.log2(math.e)
+    return (scaling * log2_e, 0.0) if softcap is None else (2 * scaling / softcap * log2_e, softcap * log2_e)
+
+
+def _factors(dtype: torch.dtype) -> tl.dtype:
+    """In what the products are taken: the interpreter would multiply the bits of bfloat16 as whole numbers."""
+    return tl.float32 if INTERPRETED else _DTYPES[dtype]
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """What a threshold keeps of each row, and what it leaves.
+
+    Attributes:
+        source, target: [E] int64, by target and then by source. weight: [E] float32.
+        self_weight, kept, dropped: [N] float32 of each row: the diagonal; what was kept and what was left, of the rest.
+        wrong: (row, column, weight) of the first weight that is NaN, infinite or negative; None: there is none.
+    """
+
+    source: Tensor
+    target: Tensor
+    weight: Tensor
+    self_weight: Tensor
+    kept: Tensor
+    dropped: Tensor
+    wrong: tuple[int, int, float] | None
+
+
+def keep_above(blocks: Iterable[tuple[int, Tensor]], num_tokens: int, threshold: float) -> Kept:
+    """Keep what is strictly above a threshold, below the diagonal. The host waits for the device once, at the end.
+
+    Args:
+        blocks: (first row, [r, stop] float32) of consecutive rows from the first or from a later one on.
+        threshold: >= 0. C = floor(1 / threshold) + 1 places are held for each row (the one is for rounding), at most N:
+            8 C bytes per token.
+
+    Raises:
+        ValueError: a row keeps more than C, since it sums to more than 1.
+    """
+    N = num_tokens
+    capacity = N if threshold * N <= 1 else math.floor(1 / threshold) + 1
+    buffers: list[Tensor] = []
+    begin = stop = 0
+    for start, block in blocks:
+        if not buffers:
+            begin = start
+            buffers = [
+                torch.empty(*shape, dtype=dtype, device=block.device)
+                for shape, dtype in (
+                    ((N, capacity), torch.int32),
+                    ((N, capacity), torch.float32),
+                    ((4, N), torch.float32),
+                    ((2, N), torch.int32),
+                )
+            ]
+        stop = start + len(block)
+        with _on(block.device):
+            _keep_kernel[(triton.cdiv(len(block), KEEP_ROWS),)](
+                block,
+                *buffers,
+                start,
+                stop,
+                *block.stride(),
+                N,
+                capacity,
+                threshold,
+                BLOCK_R=KEEP_ROWS,
+                BLOCK_C=KEEP_COLUMNS,
+                num_warps=4,
+                **_COMPILED,
+            )
+    columns, weights, sums, numbers = buffers
+    sums, (count, first_wrong) = sums[:, begin:], numbers[:, begin:].long()
+    wrong = None
+    if (first_wrong >= 0).any():
+        row = int((first_wrong >= 0).nonzero()[0])
+        wrong = row + begin, int(first_wrong[row]), float(sums[3, row])
+    elif (count > capacity).any():
+        row = int(count.argmax())
+        raise ValueError(
+            f"row {row + begin} of W has {int(count[row])} weights above {threshold:g}, more than fit into 1: "
+            "the attention weights of a row must sum to 1 at most"
+        )
+    count = count.clamp(max=capacity)
+    here = torch.arange(capacity, device=count.device) < count[:, None]
+    rows = torch.arange(begin, stop, device=count.device)
+    return Kept(
+        source=columns[begin:][here].long(),
+        target=rows.repeat_interleave(count),
+        weight=weights[begin:][here],
+        self_weight=sums[0],
+        kept=sums[1],
+        dropped=sums[2],
+        wrong=wrong,
+    )
