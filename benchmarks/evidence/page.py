@@ -9,11 +9,12 @@ is missing says so, and what would make it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rl_gain
+from benchmarks import rl_gain, rl_tasks
 from benchmarks.evidence import choices, gsm8k, recall
 from benchmarks.evidence.tasks import TASKS
 from flowgraph.adapters.evidence import plots, summary
@@ -41,12 +42,11 @@ def grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows))
 
 
-def shown(cell: Cell | None, signed: bool = False) -> str:
+def shown(cell: Cell | None, how: str = ".2f") -> str:
     """A mean with its interval."""
     if cell is None or cell["mean"] is None:
         return ""
-    how = "+.2f" if signed else ".2f"
-    if cell["low"] is None:
+    if cell["low"] is None or math.isnan(cell["low"]):  # of a single value
         return f"{cell['mean']:{how}}"
     return f"{cell['mean']:{how}} [{cell['low']:{how}}, {cell['high']:{how}}]"
 
@@ -87,7 +87,7 @@ def _carriers_table(task: str, one: Mapping[str, Any]) -> str:
     ordered = sorted(one["signals"].items(), key=lambda item: -item[1]["max"]["precision"]["mean"])
     for name, by in ordered:
         best, difference = by["max"], by["max"].get("difference", {}).get("precision")
-        cells = [shown(best["precision"]), shown(difference, signed=True), word(difference)]
+        cells = [shown(best["precision"]), shown(difference, "+.2f"), word(difference)]
         cells += [shown(best["recall"]), *(f"{best[hop]['mean']:.2f}" for hop in keys[2:])]
         rows.append([f"`{name}`", *cells, f"{by['mean']['precision']['mean']:.2f}"])
     chance = {key: f"{value:.2f}" for key, value in one["chance"].items()}
@@ -120,7 +120,7 @@ def choices_section(logs: Path) -> str:
         rows.append((f"`{name}`", rank, *(f"{_mean(cells.get(key))}{marks.get(words[key], '')}" for key in keys)))
     winner = found["winner"]
     differences = "; ".join(
-        f"{key} {shown(cell, signed=True)}" for key, cell in found["candidates"][winner]["difference"].items()
+        f"{key} {shown(cell, '+.2f')}" for key, cell in found["candidates"][winner]["difference"].items()
     )
     return "\n\n".join(
         [
@@ -156,7 +156,7 @@ def sanity_section(logs: Path) -> str:
                 cell = by["max"]["difference"]["precision"]
                 turned = {"mean": -cell["mean"], "low": -cell["high"], "high": -cell["low"]}
                 verdict = "loses" if turned["low"] > 0 else "does not lose"
-                rows.append((f"`{name}`", task, shown(turned, signed=True), verdict))
+                rows.append((f"`{name}`", task, shown(turned, "+.2f"), verdict))
     parts.append("Average precision of known carriers:")
     parts.append(grid(("control", "task", "`flow` - control", "the control"), rows))
     return "\n\n".join(parts)
@@ -172,6 +172,7 @@ def hiding_section(logs: Path) -> str:
         found = summary.summarise(logs / run)
         for table in found["tables"]:
             parts += [f"### {summary.title(table)}", summary.table_text(table, found["seconds"]["signals"])]
+        parts.append(f"![Drops of log p(answer) by signal, with intervals](img/evidence-{run}.png)")
         for table in found["curves"]:
             parts += [f"### Deletion and insertion; {summary.RESTATED[table['restated']]}", summary.metrics_text(table)]
     return "\n\n".join(parts)
@@ -185,7 +186,9 @@ def rl_section(logs: Path) -> str:
         rows = []
         for arm, one in found["arms"].items():
             against = [one["against"].get(other) for other in ("uniform", "random")]
-            words = [text for x in against for text in (("", "") if x is None else (_area(x), x["verdict"]))]
+            words = [
+                text for x in against for text in (("", "") if x is None else (shown(x["area"], "+.3f"), x["verdict"]))
+            ]
             cells = [str(one["seeds"]), shown(one["final"]), shown(one["area"])]
             rows.append([f"`{arm}`", *cells, *words, f"{one['cpu_seconds']:.0f}"])
         headings = ("arm", "seeds", "final", "area", "area - uniform", "against uniform", "area - random")
@@ -194,15 +197,10 @@ def rl_section(logs: Path) -> str:
     return "\n\n".join(parts) or missing("rl-*.jsonl", "python -m benchmarks.rl_gain")
 
 
-def _area(against: Mapping[str, Any]) -> str:
-    cell = against["area"]
-    return f"{cell['mean']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
-
-
 def _runs(logs: Path) -> dict[str, list[dict[str, Any]]]:
     """The runs of each task with the settings of today."""
     found = {}
-    for name, task in rl_gain.TASKS.items():
+    for name, task in rl_tasks.TASKS.items():
         key = rl_gain.Settings().of(task).key
         found[name] = [one for one in rl_gain.read(logs / f"rl-{name}.jsonl") if one["settings"] == key]
     return {name: runs for name, runs in found.items() if runs}

@@ -1,0 +1,61 @@
+"""docs/evidence.md is what the committed logs say, and its parts are put together as they should be."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl", reason='needs TRL: pip install "flowgraph-llm[trl]"')
+
+from benchmarks.evidence import page
+
+
+def test_a_section_is_replaced_and_nothing_else() -> None:
+    text = "before\n<!-- a -->\nold\n<!-- /a -->\nbetween\n<!-- b -->\n<!-- /b -->\n"
+    once = page.fill(text, "a", "new")
+    assert once == "before\n<!-- a -->\n\nnew\n\n<!-- /a -->\nbetween\n<!-- b -->\n<!-- /b -->\n"
+    assert page.fill(once, "a", "new") == once
+
+
+@pytest.mark.parametrize("text", ["", "<!-- a -->", "<!-- /a --><!-- a -->", "<!-- a --><!-- a --><!-- /a -->"])
+def test_a_page_without_its_marks_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must hold <!-- a --> and, after it, <!-- /a -->, once each"):
+        page.fill(text, "a", "new")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [(0.1, 0.3, "better"), (-0.3, -0.1, "worse"), (-0.1, 0.3, "no difference"), (None, None, "")],
+)
+def test_words_say_what_intervals_say(low: float | None, high: float | None, word: str) -> None:
+    cell = {"mean": 0.2, "low": low, "high": high}
+    assert page.word(cell) == word
+    assert page.shown(cell) == ("0.20" if low is None else f"0.20 [{low:.2f}, {high:.2f}]")
+
+
+def test_signals_stand_in_the_order_of_their_precision(tmp_path: Path) -> None:
+    header: dict[str, Any] = {"task": "chains", "split": "report", "signals": ["flow", "reach"]}
+    lines = [header]
+    for number in range(6):  # reach finds the carrier, flow does not
+        line = {"task": "chains", "split": "report", "problem": number, "level": 1, "solved": True, "verified": True}
+        lines.append(line | {"units": 3, "carriers": [0], "hops": [1], "max": "201 012", "mean": "201 012"})
+    (tmp_path / "recall-chains.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = page.carriers_section(tmp_path)
+    assert text.index("| `reach` | 1.00") < text.index("| `flow` | 0.33")
+    assert "6 problems, of which the decoder solves 100%" in text and "better" in text
+    assert "There is no recall-scratchpad.jsonl yet" in text
+
+
+@pytest.mark.slow
+def test_the_page_is_what_the_logs_say() -> None:
+    text = (page.ROOT / page.PAGE).read_text(encoding="utf-8")
+    found = page.page(text, page.ROOT / page.LOGS)
+    number = re.compile(r"[-+]?\d+\.\d+")
+    assert number.sub("", found) == number.sub("", text), "run make evidence"
+    # Another processor may round the last digit otherwise.
+    numbers = [[float(one) for one in number.findall(side)] for side in (found, text)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.011), "run make evidence"
