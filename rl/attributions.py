@@ -39,8 +39,7 @@ from flowgraph.interface import (
     unwrap,
 )
 from flowgraph.rows import TILE_BYTES, AttentionRows, LayerQK, RowBlock, Rows
-from flowgraph.values import OUTPUT_PROJECTIONS
-from flowgraph.values import _weight as output_weight
+from flowgraph.values import OUTPUT_PROJECTIONS, output_weight
 
 _BLOCK = 64
 """Rows of a block of routes."""

@@ -193,14 +193,14 @@ def _gradient_norm(baseline: Baseline, batch: _Batch) -> Iterable[Tensor]:
 
 
 def _future_attention(baseline: Baseline, batch: _Batch) -> Iterable[Tensor]:
-    heads = _by_layer(baseline._calibrated(batch).global_heads)
+    heads = by_layer(baseline._calibrated(batch).global_heads)
     captured = batch.capture(baseline.model, list(heads))
     for row, (place, spans) in enumerate(zip(batch.positions, batch.spans, strict=True)):
         yield future_attention(captured.rows(row, place, heads=heads), spans.response_mask)
 
 
 def _windowed_distance(baseline: Baseline, batch: _Batch) -> Iterable[Tensor]:
-    heads = _by_layer(baseline._calibrated(batch).local_heads)
+    heads = by_layer(baseline._calibrated(batch).local_heads)
     captured = batch.capture(baseline.model, list(heads))
     for row, (place, spans) in enumerate(zip(batch.positions, batch.spans, strict=True)):
         waad = windowed_distance(captured.rows(row, place, heads=heads), spans.response_mask)
@@ -209,7 +209,7 @@ def _windowed_distance(baseline: Baseline, batch: _Batch) -> Iterable[Tensor]:
 
 def _coupled(baseline: Baseline, batch: _Batch) -> Iterable[Tensor]:
     groups = baseline._calibrated(batch)
-    local, far = _by_layer(groups.local_heads), _by_layer(groups.global_heads)
+    local, far = by_layer(groups.local_heads), by_layer(groups.global_heads)
     captured = batch.capture(baseline.model, sorted({*local, *far}))
     for row, (place, spans) in enumerate(zip(batch.positions, batch.spans, strict=True)):
         waad = windowed_distance(captured.rows(row, place, heads=local), spans.response_mask)
@@ -466,7 +466,8 @@ def _five(model: nn.Module, input_ids: Tensor, layers: Layers) -> Layers:
     return [chosen[round(step * (len(chosen) - 1) / max(steps - 1, 1))] for step in range(steps)]
 
 
-def _by_layer(heads: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+def by_layer(heads: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+    """Pairs (layer, head) as `Capture.rows` takes heads: layer -> its heads, in the order in which they came."""
     return {layer: [head for of, head in heads if of == layer] for layer in sorted({layer for layer, _ in heads})}
 
 

@@ -79,10 +79,10 @@ def test_goals_of_an_empty_run_are_not_measured() -> None:
 
 def test_the_page_gets_the_numbers_and_keeps_the_rest(content: dict[str, Any], tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"# Long\nbefore\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    page.write_text("# Long\nbefore\n<!-- numbers -->\nold\n<!-- /numbers -->\nafter\n")
     tables.write_page(content, page)
     once = page.read_text()
-    assert once.startswith(f"# Long\nbefore\n{tables.BEGIN}\n") and once.endswith(f"\n{tables.END}\nafter\n")
+    assert once.startswith("# Long\nbefore\n<!-- numbers -->\n") and once.endswith("\n<!-- /numbers -->\nafter\n")
     assert "old" not in once and "no room for 20 GB" in once and "| 32,768 | 32.8 | 0.84 | 0.79 |" in once
     assert "| exact | rows | 0.010 |" in once and "| 2.00 |" in once
     tables.write_page(content, page)

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("trl", reason='needs TRL: pip install "flowgraph-llm[trl]"')
 
 from benchmarks.evidence import page
+from flowgraph.adapters.evidence.summary import number
 
 
 def test_a_section_is_replaced_and_nothing_else() -> None:
@@ -34,14 +35,14 @@ def test_a_page_without_its_marks_is_refused(text: str) -> None:
 def test_words_say_what_intervals_say(low: float | None, high: float | None, word: str) -> None:
     cell = {"mean": 0.2, "low": low, "high": high}
     assert page.word(cell) == word
-    assert page.shown(cell) == ("0.20" if low is None else f"0.20 [{low:.2f}, {high:.2f}]")
+    assert number(cell) == ("0.20" if low is None else f"0.20 [{low:.2f}, {high:.2f}]")
 
 
 def test_signals_stand_in_the_order_of_their_precision(tmp_path: Path) -> None:
     header: dict[str, Any] = {"task": "chains", "split": "report", "signals": ["flow", "reach"]}
     lines = [header]
-    for number in range(6):  # reach finds the carrier, flow does not
-        line = {"task": "chains", "split": "report", "problem": number, "level": 1, "solved": True, "verified": True}
+    for problem in range(6):  # reach finds the carrier, flow does not
+        line = {"task": "chains", "split": "report", "problem": problem, "level": 1, "solved": True, "verified": True}
         lines.append(line | {"units": 3, "carriers": [0], "hops": [1], "max": "201 012", "mean": "201 012"})
     (tmp_path / "recall-chains.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = page.carriers_section(tmp_path)
@@ -54,8 +55,8 @@ def test_signals_stand_in_the_order_of_their_precision(tmp_path: Path) -> None:
 def test_the_page_is_what_the_logs_say() -> None:
     text = (page.ROOT / page.PAGE).read_text(encoding="utf-8")
     found = page.page(text, page.ROOT / page.LOGS)
-    number = re.compile(r"[-+]?\d+\.\d+")
-    assert number.sub("", found) == number.sub("", text), "run make evidence"
+    digits = re.compile(r"[-+]?\d+\.\d+")
+    assert digits.sub("", found) == digits.sub("", text), "run make evidence"
     # Another processor may round the last digit otherwise.
-    numbers = [[float(one) for one in number.findall(side)] for side in (found, text)]
+    numbers = [[float(one) for one in digits.findall(side)] for side in (found, text)]
     assert numbers[0] == pytest.approx(numbers[1], abs=0.011), "run make evidence"

@@ -17,9 +17,9 @@ from torch import Tensor
 from flowgraph import Tracer
 from flowgraph.adapters.evidence import faithful as job
 from flowgraph.adapters.evidence import plots
-from flowgraph.adapters.evidence.faithful import FaithfulConfig, average_precision, faithful, random_twin
+from flowgraph.adapters.evidence.faithful import FaithfulConfig, average_precision, faithful
 from flowgraph.adapters.evidence.hiding import answer_logp
-from flowgraph.adapters.evidence.signals import SIGNALS
+from flowgraph.adapters.evidence.signals import SIGNALS, random_twin
 from flowgraph.adapters.evidence.summary import markdown, same_answer, summarise, summary_of
 from flowgraph.adapters.evidence.traces import Case, Found, Rows, forms_of, prepare, whole_word, written_answer
 from tests.conftest import ROOT

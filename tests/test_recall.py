@@ -19,11 +19,11 @@ from torch import Tensor
 
 from benchmarks.evidence import choices, recall
 from benchmarks.evidence.choices import Candidate, Case, choose, contrast, moving_mass
-from benchmarks.evidence.layered import LayeredSignal, attention_shares, dense, layered_flow
+from benchmarks.evidence.layered import LayeredSignal, attention_shares, layered_flow
 from benchmarks.evidence.recall import found, measure, place_of, precision, ranking, summarise
 from benchmarks.evidence.tasks import TASKS, Problem
 from benchmarks.evidence.verify import Tried
-from flowgraph.adapters.evidence.signals import SIGNALS, FlowSignal, Reading
+from flowgraph.adapters.evidence.signals import SIGNALS, FlowSignal, Reading, dense
 from flowgraph.rl.attributions import rollout
 from flowgraph.rows import DenseRows
 from tests.models import eager_attention, tiny
@@ -345,7 +345,7 @@ def test_candidates_are_the_signals_that_have_the_option(case: Case, candidate: 
 
 
 def test_both_kinds_of_sinks(case: Case) -> None:
-    W = dense(case.reading.rows("middle"))
+    W = dense(case.reading.rows("middle")).double()
     N = len(W)
     expected = torch.zeros(N, dtype=torch.float64)
     expected[[N - 2, N - 1]] = 1  # the answer is the last token

@@ -44,9 +44,9 @@ def test_a_complete_folder_is_used_without_network(cache: Path, monkeypatch: pyt
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FLOWGRAPH_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert smollm2._cache() == tmp_path / "flowgraph"
+    assert smollm2.cache() == tmp_path / "flowgraph"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert smollm2._cache() == Path.home() / ".cache" / "flowgraph"
+    assert smollm2.cache() == Path.home() / ".cache" / "flowgraph"
 
 
 def test_a_damaged_folder_is_named(cache: Path) -> None:

@@ -27,18 +27,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from flowgraph import __version__
 from flowgraph.adapters import shards
 from flowgraph.adapters.evidence import plots
-from flowgraph.adapters.evidence.hiding import answer_logp, curves, pick, regenerate
-from flowgraph.adapters.evidence.signals import SIGNALS, Place, Reading, Signal, scores_of
+from flowgraph.adapters.evidence.hiding import answer_logp, curves, end_ids, pick, regenerate
+from flowgraph.adapters.evidence.signals import (
+    SIGNALS,
+    Place,
+    Reading,
+    Signal,
+    heads_of,
+    random_twin,
+    scores_of,
+)
 from flowgraph.adapters.evidence.summary import FLOW, RUN, TRACES, markdown, read_lines, summarise
 from flowgraph.adapters.evidence.traces import Case, Found, Rows, prepare, short, written_answer
 from flowgraph.answers import FINDERS, Finder
-from flowgraph.rl.baselines import HeadGroups, Predictions, calibrate
+from flowgraph.rl.baselines import HeadGroups, Predictions
 from flowgraph.tracer import Tracer
 
 SCHEMA = "flowgraph-faithful/1"
@@ -243,7 +251,7 @@ def _begin(folder: Path, judge: _Judge, source: Rows, name: str) -> dict[str, An
         "settings": settings,
         "input": source.fingerprint,
         "weights": _weights_of(judge.tracer.model),
-        "versions": {"flowgraph": __version__, "torch": torch.__version__, "transformers": _version("transformers")},
+        "versions": {"flowgraph": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "python": platform.python_version(),
     }
     header = json.loads(json.dumps(header))
@@ -271,12 +279,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name} ") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 def _name_of(model: Any) -> str:
@@ -343,9 +345,8 @@ class _Judge:
         self.other = random_twin(model, config.seed) if by_random else None
         self.reads_heads = {"future_attention", "windowed_distance"} & set(self.names)
         self.reads_predictions = {"entropy", "gradient_norm"} & set(self.names)
-        generation = getattr(model, "generation_config", None)
-        ends = [getattr(of, "eos_token_id", None) for of in (generation or model.config, tokenizer)]
-        self.stop_ids = {i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}
+        end = getattr(tokenizer, "eos_token_id", None)
+        self.stop_ids = {*end_ids(model), *([] if end is None else [end])}
 
     def calibrated(self, source: Rows) -> dict[str, Any] | None:
         """The local and global heads, found on the first traces."""
@@ -361,12 +362,7 @@ class _Judge:
                 continue
         if not traces:
             return None
-        ids = pad_sequence([trace.token_ids for trace in traces], batch_first=True)
-        lengths = torch.tensor([len(trace.token_ids) for trace in traces])
-        real = torch.arange(ids.shape[1]) < lengths[:, None]
-        device = next(self.tracer.model.parameters()).device
-        spans = [trace.spans for trace in traces]
-        return calibrate(self.tracer.model, ids.to(device), real.long().to(device), spans).to_dict()
+        return heads_of(self.tracer.model, [(trace.token_ids, trace.spans) for trace in traces]).to_dict()
 
     def prepared(self, found: Found | ValueError) -> Case:
         return prepare(self.tracer, found, self.chat, self.config.kinds(), self.config.carriers)
@@ -492,12 +488,3 @@ def _rounded(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
         return [round(float(one), 6) for one in value] if isinstance(value, Sequence) else round(float(value), 6)
 
     return {name: {key: six(value) for key, value in one.items()} for name, one in found.items()}
-
-
-def random_twin(model: Any, seed: int) -> nn.Module:
-    """A model of the same configuration with random weights, as it would be before training."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        twin = type(model)(model.config)
-    like = next(model.parameters())
-    return twin.to(device=like.device, dtype=like.dtype).eval()

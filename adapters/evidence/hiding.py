@@ -164,7 +164,7 @@ def regenerate(
             "first new token; leave it visible"
         )
     whole = unwrap(model)
-    stops = torch.tensor(sorted({*stop_ids, *_end_ids(whole)}), dtype=torch.long, device=ids.device)
+    stops = torch.tensor(sorted({*stop_ids, *end_ids(whole)}), dtype=torch.long, device=ids.device)
     variants, inverse = hidden[:, :start].unique(dim=0, return_inverse=True)
     reader = _Reader(whole, ids, variants, before=start - 1)
     written: dict[int, Tensor] = {}
@@ -175,7 +175,7 @@ def regenerate(
     return [written[variant].clone() for variant in inverse.tolist()]
 
 
-def _end_ids(model: Any) -> Collection[int]:
+def end_ids(model: Any) -> Collection[int]:
     """What ends a text of this model by its own configuration."""
     found = getattr(getattr(model, "generation_config", None) or model.config, "eos_token_id", None)
     return [] if found is None else [found] if isinstance(found, int) else found

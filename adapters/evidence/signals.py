@@ -36,16 +36,19 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from flowgraph.capture import Capture, Layers, capture, choose_layers
 from flowgraph.exact import exact_flow
 from flowgraph.flow import trace_flow
+from flowgraph.interface import device_of
 from flowgraph.options import Options
 from flowgraph.rl.attributions import gradient_input, layer_rows, recency, rollout, routes
 from flowgraph.rl.baselines import (
     HeadGroups,
     Predictions,
     answer_attention,
+    by_layer,
     calibrate,
     future_attention,
     predictions,
@@ -98,6 +101,20 @@ class Place:
     @classmethod
     def of(cls, spans: Spans) -> Place:
         return cls(spans.prompt_mask, spans.response_mask, spans.answer_tokens, spans.credit_mask)
+
+    def spans(self) -> Spans:
+        """The same as a baseline takes it: flow starts at the prompt and ends where the answer is predicted."""
+        return Spans(
+            prompt_mask=self.prompt_mask,
+            question_mask=self.prompt_mask,
+            response_mask=self.response_mask,
+            answer_tokens=self.answer_tokens,
+            answer_mask=sinks_of(self.answer_tokens),
+            credit_mask=self.credit_mask,
+            flags=(),
+            answer_text=None,
+            finder=None,
+        )
 
 
 class Reading:
@@ -213,7 +230,7 @@ class Reading:
                 f"control={control!r} rearranges whole rows, which is for traces of at most {LONGEST_CONTROL} tokens, "
                 f"got {len(self)}: leave longer traces out of sanity checks"
             )
-        W = _dense(rows)
+        W = dense(rows)
         changed = by_position(W) if control == "positions" else shuffled(W, self.token_ids)
         return DenseRows(changed.to(captured.device))
 
@@ -241,19 +258,24 @@ class Reading:
         """The local and the global heads: those given, or calibrated on this trace."""
         if self._heads is not None:
             return self._heads
-        place = self.place
-        spans = Spans(
-            prompt_mask=place.prompt_mask,
-            question_mask=place.prompt_mask,
-            response_mask=place.response_mask,
-            answer_tokens=place.answer_tokens,
-            answer_mask=place.answer_tokens,
-            credit_mask=place.credit_mask,
-            flags=(),
-            answer_text=None,
-            finder=None,
-        )
-        return self.once("heads", lambda: calibrate(self.model, self.token_ids[None], None, [spans]))
+        return self.once("heads", lambda: heads_of(self.model, [(self.token_ids, self.place.spans())]))
+
+
+def heads_of(model: nn.Module, traces: Sequence[tuple[Tensor, Spans]]) -> HeadGroups:
+    """The local and the global heads of a model, from the token ids [N] and spans of some traces."""
+    ids = pad_sequence([token_ids for token_ids, _ in traces], batch_first=True)
+    real = pad_sequence([torch.ones_like(token_ids) for token_ids, _ in traces], batch_first=True)
+    device = device_of(model)
+    return calibrate(model, ids.to(device), real.to(device), [spans for _, spans in traces])
+
+
+def random_twin(model: Any, seed: int) -> nn.Module:
+    """A model of the same configuration with random weights, as it would be before training: see `Reading.other`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        twin = type(model)(model.config)
+    like = next(model.parameters())
+    return twin.to(device=like.device, dtype=like.dtype).eval()
 
 
 Signal = Callable[[Reading], Tensor]
@@ -285,7 +307,7 @@ class _WithoutFirst(BlockedRows):
         return RowBlock(start, weight)
 
 
-def _dense(rows: BlockedRows) -> Tensor:
+def dense(rows: BlockedRows) -> Tensor:
     """[N, N] float32 or float64, on the CPU, where sums come out the same each time."""
     N = rows.num_tokens
     parts = [F.pad(weight.cpu(), (0, N - weight.shape[1])) for _, weight in rows.blocks()]
@@ -373,7 +395,7 @@ class FlowSignal:
     def __call__(self, reading: Reading) -> Tensor:
         flow, reach = reading.once(replace(self, score="mix"), lambda: self._solve(reading))
         if self.score == "mix":
-            return (_share(flow, reading) * _share(reach, reading)).sqrt()
+            return mixed(flow, reach, reading.place.credit_mask)
         return (flow if self.score == "flow" else reach).clone()
 
     def _solve(self, reading: Reading) -> tuple[Tensor, Tensor]:
@@ -439,16 +461,18 @@ def _name(score: str, signal: _OfRows) -> str:
     return "/".join([score, *changed, *([signal.control] if signal.control else [])])
 
 
-def _share(scores: Tensor, reading: Reading) -> Tensor:
-    total = scores[reading.place.credit_mask].sum()
+def shares(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores [N] as shares of their sum over the mask [N]; all 0 if that is 0."""
+    total = scores[mask].sum()
     return scores / total if total > 0 else torch.zeros_like(scores)
 
 
+def mixed(flow: Tensor, reach: Tensor, mask: Tensor) -> Tensor:
+    """The geometric mean [N] of the shares of flow and reach."""
+    return (shares(flow, mask) * shares(reach, mask)).sqrt()
+
+
 # --- the others -------------------------------------------------------------------------------------------------------
-
-
-def _by_layer(heads: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
-    return {layer: [head for of, head in heads if of == layer] for layer in sorted({layer for layer, _ in heads})}
 
 
 def _entropy(reading: Reading) -> Tensor:
@@ -460,12 +484,12 @@ def _gradient_norm(reading: Reading) -> Tensor:
 
 
 def _future_attention(reading: Reading) -> Tensor:
-    rows = reading.rows(heads=_by_layer(reading.heads().global_heads))
+    rows = reading.rows(heads=by_layer(reading.heads().global_heads))
     return future_attention(rows, reading.place.response_mask)
 
 
 def _windowed_distance(reading: Reading) -> Tensor:
-    rows = reading.rows(heads=_by_layer(reading.heads().local_heads))
+    rows = reading.rows(heads=by_layer(reading.heads().local_heads))
     return variation(windowed_distance(rows, reading.place.response_mask), reading.place.response_mask)
 
 

@@ -309,7 +309,7 @@ def number(cell: Mapping[str, Any] | None, how: str = ".2f") -> str:
     """A mean with its interval."""
     if cell is None or cell["mean"] is None:
         return ""
-    if cell["low"] is None:
+    if cell["low"] is None or np.isnan(cell["low"]):  # of a single trace
         return f"{cell['mean']:{how}}"
     return f"{cell['mean']:{how}} [{cell['low']:{how}}, {cell['high']:{how}}]"
 
@@ -331,10 +331,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
         for table in rows:
             parts += [f"## {heading}; {RESTATED[table['restated']]}", metrics_text(table)]
     steps = summary["seconds"]["steps"].items()
-    parts += ["## Seconds per trace", _grid(("step", "seconds"), [(name, f"{value:.2f}") for name, value in steps])]
+    parts += ["## Seconds per trace", grid(("step", "seconds"), [(name, f"{value:.2f}") for name, value in steps])]
     if summary["set_aside"]:
         rows = [(f"{count:,}", reason) for reason, count in summary["set_aside"].items()]
-        parts += ["## Rows set aside", _grid(("rows", "reason"), rows)]
+        parts += ["## Rows set aside", grid(("rows", "reason"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -342,7 +342,7 @@ def _sanity_text(rows: Sequence[Mapping[str, Any]]) -> str:
     headings = ("control", "of", "share", "end", "restated", "drop of the real one - of the control", "the control")
     named = [[row["control"], row["of"], f"{row['share']:.0%}", row["end"], row["restated"]] for row in rows]
     said = [[number(row["difference"]), row["verdict"]] for row in rows]
-    return _grid(headings, [[*one, *other] for one, other in zip(named, said, strict=True)])
+    return grid(headings, [[*one, *other] for one, other in zip(named, said, strict=True)])
 
 
 def table_text(table: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
@@ -368,7 +368,7 @@ def table_text(table: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
     for name in others:
         traces = max(cell["traces"] for cell in table["metrics"][name].values())
         said += f" {_HEADINGS[name].capitalize()}: of {traces:,} traces."
-    return said + "\n\n" + _grid((*headings, "seconds"), rows)
+    return said + "\n\n" + grid((*headings, "seconds"), rows)
 
 
 def _seconds_of(name: str, seconds: Mapping[str, float]) -> float:
@@ -388,9 +388,9 @@ def metrics_text(table: Mapping[str, Any]) -> str:
             flow = one[name].get("minus_flow")
             row += [number(one[name]), number(flow), "" if flow is None else flow["verdict"]]
         rows.append(row)
-    return f"{table['traces']:,} traces.\n\n" + _grid(headings, rows)
+    return f"{table['traces']:,} traces.\n\n" + grid(headings, rows)
 
 
-def _grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     shown = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in shown)

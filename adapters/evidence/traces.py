@@ -70,8 +70,8 @@ class Rows:
 
         def read() -> Iterator[tuple[str, int, Any]]:
             for one in found:
-                of_one = _lines(one) if one.kind == "jsonl" else _table(one, wanted)
-                yield from ((one.name, number, row) for number, row in of_one)
+                for shard in inputs.plan([one]):
+                    yield from ((one.name, number, row) for number, row in inputs.read(one, shard, fields=wanted))
 
         return cls(read, about, carriers)
 
@@ -91,29 +91,6 @@ class Rows:
             carriers = row.get(self._carriers) if self._carriers else None
             for record in records:
                 yield where | {"choice": record.choice, "id": record.id}, Found(record, right, carriers)
-
-
-def _lines(source: inputs.Source) -> Iterator[tuple[int, Any]]:
-    for shard in inputs.plan([source]):
-        yield from inputs.read(source, shard)
-
-
-def _table(source: inputs.Source, wanted: set[str]) -> Iterator[tuple[int, Any]]:
-    """Rows of a Parquet file with more fields than `inputs.read` looks at."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(source.path) as file:
-            names = file.schema_arrow.names
-            chosen = [name for name in names if name in wanted] or names[:20]
-            for batch in file.iter_batches(64, columns=chosen):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, {name: value for name, value in row.items() if value is not None}
-    except pa.ArrowException as error:
-        raise ValueError(f"{source.path} is no Parquet file, or a damaged one: {error}") from error
 
 
 # ------------------------------------------------------------------------- what may be chosen

@@ -65,10 +65,11 @@ from benchmarks.evidence.recall import RESULTS, Line, Subject, measure, read_ran
 from benchmarks.evidence.tasks import Problem
 from flowgraph.adapters.evidence import traces
 from flowgraph.adapters.evidence.hiding import answer_logp, pick
-from flowgraph.adapters.evidence.signals import SIGNALS, Place, Reading, Signal
+from flowgraph.adapters.evidence.signals import SIGNALS, Place, Reading, Signal, heads_of, mixed, shares
 from flowgraph.adapters.evidence.statistics import interval, paired
+from flowgraph.adapters.evidence.summary import same_answer
 from flowgraph.exact import exact_flow
-from flowgraph.rl.baselines import calibrate
+from flowgraph.rl.baselines import by_layer
 from flowgraph.spans import Spans, encode_messages, locate, token_offsets, tokens_of
 from flowgraph.sparsify import TopK
 
@@ -128,7 +129,7 @@ def choose(mass: Mapping[tuple[int, int], float]) -> Chosen:
     def half(among: Sequence[int]) -> Heads:
         candidates = sorted((key for key in mass if key[0] in among), key=lambda key: (-mass[key], key))
         best = candidates[: math.ceil(len(candidates) / 2)]
-        return {layer: sorted(h for of, h in best if of == layer) for layer in sorted({of for of, _ in best})}
+        return by_layer(sorted(best))
 
     moving = thirds[max(("early", "middle", "late"), key=mean)]
     return Chosen(
@@ -191,7 +192,7 @@ class Candidate:
         flow, reach = reading.once(replace(self, score="mix", contrast=None), lambda: self._solve(reading, chosen))
         if self.score == "mix":
             mask = reading.place.credit_mask
-            return (_shares(flow, mask) * _shares(reach, mask)).sqrt()
+            return mixed(flow, reach, mask)
         return {"flow": flow, "reach": reach}[self.score]
 
     def _solve(self, reading: Reading, chosen: Chosen) -> tuple[Tensor, Tensor]:
@@ -206,11 +207,6 @@ class Candidate:
         return found.throughput.double(), found.reach.double()
 
 
-def _shares(scores: Tensor, mask: Tensor) -> Tensor:
-    """Scores as shares of their sum over the mask; all 0 if that is 0."""
-    return scores / scores[mask].sum().clamp(min=torch.finfo(torch.float64).tiny)
-
-
 def contrast(reading: Reading, own: Tensor, others: Sequence[Tensor], how: str) -> Tensor:
     """What a token's score has to do with this very answer, [N].
 
@@ -223,8 +219,8 @@ def contrast(reading: Reading, own: Tensor, others: Sequence[Tensor], how: str) 
     """
     start = int(reading.place.answer_tokens.nonzero()[0])
     mask = reading.place.credit_mask[:start]
-    a = _shares(own[:start], mask)
-    b = torch.stack([_shares(other[:start], mask) for other in others]).mean(0)
+    a = shares(own[:start], mask)
+    b = torch.stack([shares(other[:start], mask) for other in others]).mean(0)
     kept = (a - b).clamp(min=0) if how == "minus" else a * a / (a + b).clamp(min=torch.finfo(torch.float64).tiny)
     return torch.cat([kept, kept.new_zeros(len(own) - start)])
 
@@ -322,17 +318,13 @@ def groups(source: Path) -> dict[int, list[dict[str, Any]]]:
 def wrong_answers(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Different answers of the wrong solutions, in their order."""
     stated = [final_answer(row["response"]) for row in rows if not row["correct"]]
-    return list(dict.fromkeys(one for one in stated if one is not None and _value(one) != _value(rows[0]["answer"])))
+    return list(dict.fromkeys(one for one in stated if one is not None and not same_answer(one, rows[0]["answer"])))
 
 
 def final_answer(response: str) -> str | None:
     """The number that a solution ends in, as it is written."""
     found = re.search(r"A: (-?\d[\d,]*(?:\.\d+)?)\s*$", response)
     return found[1] if found else None
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))
 
 
 def right_solution(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -366,12 +358,7 @@ class Solutions:
         self.model, self.tokenizer, self.by_problem = model, tokenizer, by_problem
         picked = problems_of(by_problem, 0, UNLABELLED)
         unlabelled = [self.encoded(right_solution(by_problem[problem])) for problem in picked]
-        self.heads = calibrate(
-            model,
-            torch.nn.utils.rnn.pad_sequence([ids for ids, _ in unlabelled], batch_first=True),
-            torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids, _ in unlabelled], batch_first=True),
-            [spans for _, spans in unlabelled],
-        )
+        self.heads = heads_of(model, unlabelled)
         self.chosen = choose(moving_mass([self.reading(ids, spans) for ids, spans in unlabelled]))
 
     def encoded(self, row: dict[str, Any]) -> tuple[Tensor, Spans]:
@@ -379,7 +366,7 @@ class Solutions:
         encoded = encode_messages(self.tokenizer, messages)
         spans = locate(encoded.token_ids, encoded.prompt_mask, encoded.response_mask, tokenizer=self.tokenizer)
         stated = final_answer(row["response"])
-        if stated is None or spans.answer_text is None or _value(spans.answer_text) != _value(stated):
+        if stated is None or spans.answer_text is None or not same_answer(spans.answer_text, stated):
             raise ValueError(f"problem {row['problem']}: found the answer {spans.answer_text!r}, it states {stated!r}")
         return encoded.token_ids, spans
 
@@ -395,10 +382,12 @@ class Solutions:
         start = int(spans.answer_tokens.nonzero()[0])
         wrong: list[Reading] = []
         for other in wrong_answers(rows):
+            if len(wrong) == WRONG:
+                break
             text = right["response"].rstrip()[: -len(answer)] + other
             other_ids, other_spans = self.encoded(right | {"response": text})
             # A sign may be one token with the blank before it: then the tokens before the answer are others.
-            if len(wrong) < WRONG and torch.equal(other_ids[:start], ids[:start]):
+            if torch.equal(other_ids[:start], ids[:start]):
                 wrong.append(self.reading(other_ids, other_spans))
         if not wrong:
             raise ValueError(f"problem {problem}: with every wrong answer the tokens before it are others")
@@ -436,7 +425,14 @@ def gsm8k_log(source: Path, count: int, folder: Path = RESULTS) -> list[Line]:
 
         return Solutions(*load(), by_problem)
 
-    header = {"task": "gsm8k", "split": "even problems to choose, odd ones to report", "signals": names}
+    header = {
+        "task": "gsm8k",
+        "split": "even problems to choose, odd ones to report",
+        "signals": names,
+        "unlabelled": problems_of(
+            by_problem, 0, UNLABELLED
+        ),  # lines whose heads were chosen on others don't belong here
+    }
     numbers = [
         *problems_of(by_problem, 0, UNLABELLED + count)[UNLABELLED:],
         *problems_of(by_problem, 1, count),

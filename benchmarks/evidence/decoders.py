@@ -16,10 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,11 +24,11 @@ from pathlib import Path
 from random import Random
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.evidence.kept import kept
 from benchmarks.evidence.tasks import TASKS, Problem, Task
 from flowgraph import smollm2
 
@@ -205,15 +202,10 @@ def _config(task: Task, recipe: Recipe) -> LlamaConfig:
 
 
 def _folder(task: str, say: Say) -> Path:
-    """The cached folder; of two processes that want it at once, one trains and the other waits."""
-    target = smollm2._cache() / "evidence" / f"{task}-{_hash(task)}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / f".{task}.lock"):
-        if target.is_dir():
-            return target
-        say(f"Training the decoder of {task} (minutes, once) into {target}")
+    """The cached folder of a decoder."""
+
+    def make(into: Path) -> None:
+        say(f"Training the decoder of {task} (minutes, once) into {smollm2.cache() / 'evidence'}")
         began = time.monotonic()
         model = train(TASKS[task], RECIPES[task], say)
         manifest = {
@@ -224,15 +216,10 @@ def _folder(task: str, say: Say) -> Path:
             "accuracy": accuracy(TASKS[task], model, COUNTED),
             "torch": torch.__version__,
         }
-        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{task}-"))
-        try:
-            model.save_pretrained(work)
-            (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-            os.replace(work, target)  # complete or not there at all
-        except BaseException:
-            shutil.rmtree(work)
-            raise
-    return target
+        model.save_pretrained(into)
+        (into / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+    return kept(f"{task}-{_hash(task)}", make)
 
 
 def _hash(task: str) -> str:

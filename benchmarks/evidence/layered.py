@@ -34,9 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowgraph.adapters.evidence.signals import Reading
+from flowgraph.adapters.evidence.signals import Reading, dense
 from flowgraph.capture import evaluation_mode, unwrap
-from flowgraph.rows import BlockedRows
 
 LONGEST = 1024
 """Tokens: 30 layers of that many squared are 250 MB."""
@@ -141,17 +140,9 @@ class LayeredSignal:
 
     def _layered(self, reading: Reading) -> Layered:
         _check_length(len(reading))
-        attention = [dense(reading.rows([layer], self.weights)) for layer in reading.captured().layers]
+        attention = [dense(reading.rows([layer], self.weights)).double() for layer in reading.captured().layers]
         share: Any = 0.5 if self.weights == "attention" else attention_shares(reading.model, reading.token_ids)
         return layered_flow(attention, reading.sinks(self.preset), reading.place.prompt_mask, share)
-
-
-def dense(rows: BlockedRows) -> Tensor:
-    """[N, N] float64 on the CPU, of all blocks."""
-    W = torch.zeros(rows.num_tokens, rows.num_tokens, dtype=torch.float64)
-    for start, block in rows.blocks():
-        W[start : start + len(block), : block.shape[1]] = block
-    return W
 
 
 @torch.no_grad()

@@ -9,16 +9,17 @@ is missing says so, and what would make it.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rl_gain, rl_tasks
+from benchmarks import rl_gain, rl_tasks, tables
 from benchmarks.evidence import choices, gsm8k, recall
 from benchmarks.evidence.tasks import TASKS
 from flowgraph.adapters.evidence import plots, summary
 from flowgraph.adapters.evidence.signals import CONTROLS
+from flowgraph.adapters.evidence.summary import grid, number
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = Path("docs/evidence.md")
@@ -37,20 +38,6 @@ Cell = Mapping[str, Any]
 # --- small parts ------------------------------------------------------------------------------------------------------
 
 
-def grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows))
-
-
-def shown(cell: Cell | None, how: str = ".2f") -> str:
-    """A mean with its interval."""
-    if cell is None or cell["mean"] is None:
-        return ""
-    if cell["low"] is None or math.isnan(cell["low"]):  # of a single value
-        return f"{cell['mean']:{how}}"
-    return f"{cell['mean']:{how}} [{cell['low']:{how}}, {cell['high']:{how}}]"
-
-
 def word(difference: Cell | None) -> str:
     """What an interval of a difference says, where more is better."""
     if difference is None or difference["low"] is None:
@@ -65,12 +52,38 @@ def lines_of(*paths: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for path in paths if path.is_file() for line in path.read_text().splitlines()]
 
 
+# --- what the logs say: asked for by several sections, and bootstraps take their time -------------------------------
+
+
+@cache
+def recalled(logs: Path) -> dict[str, Any]:
+    """Task -> its summary."""
+    return recall.summarise(lines_of(*(logs / f"recall-{task}.jsonl" for task in TASKS)))
+
+
+@cache
+def hidden(logs: Path) -> dict[str, dict[str, Any]]:
+    """Run of `flowgraph faithful` -> its summary, of those that are there."""
+    return {run: summary.summarise(logs / run) for run in HIDING if (logs / run / summary.RUN).is_file()}
+
+
+@cache
+def trained(logs: Path) -> dict[str, dict[str, Any]]:
+    """Task -> the summary of its runs with the settings of today, of those that have any."""
+    found = {}
+    for name, task in rl_tasks.TASKS.items():
+        key = rl_gain.Settings().of(task).key
+        if runs := [one for one in rl_gain.read(logs / f"rl-{name}.jsonl") if one["settings"] == key]:
+            found[name] = rl_gain.summarise(runs)
+    return found
+
+
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
 def carriers_section(logs: Path) -> str:
     """Recall of known carriers, task by task."""
-    found = recall.summarise(lines_of(*(logs / f"recall-{task}.jsonl" for task in TASKS)))
+    found = recalled(logs)
     parts = []
     for task in HEADLINE:
         if task not in found or "signals" not in found[task]:
@@ -87,8 +100,8 @@ def _carriers_table(task: str, one: Mapping[str, Any]) -> str:
     ordered = sorted(one["signals"].items(), key=lambda item: -item[1]["max"]["precision"]["mean"])
     for name, by in ordered:
         best, difference = by["max"], by["max"].get("difference", {}).get("precision")
-        cells = [shown(best["precision"]), shown(difference, "+.2f"), word(difference)]
-        cells += [shown(best["recall"]), *(f"{best[hop]['mean']:.2f}" for hop in keys[2:])]
+        cells = [number(best["precision"]), number(difference, "+.2f"), word(difference)]
+        cells += [number(best["recall"]), *(f"{best[hop]['mean']:.2f}" for hop in keys[2:])]
         rows.append([f"`{name}`", *cells, f"{by['mean']['precision']['mean']:.2f}"])
     chance = {key: f"{value:.2f}" for key, value in one["chance"].items()}
     rows.append(["*chance*", chance["precision"], "", "", chance["recall"], *(chance[hop] for hop in keys[2:]), ""])
@@ -120,7 +133,7 @@ def choices_section(logs: Path) -> str:
         rows.append((f"`{name}`", rank, *(f"{_mean(cells.get(key))}{marks.get(words[key], '')}" for key in keys)))
     winner = found["winner"]
     differences = "; ".join(
-        f"{key} {shown(cell, '+.2f')}" for key, cell in found["candidates"][winner]["difference"].items()
+        f"{key} {number(cell, '+.2f')}" for key, cell in found["candidates"][winner]["difference"].items()
     )
     return "\n\n".join(
         [
@@ -140,23 +153,21 @@ def _mean(cell: Cell | None) -> str:
 def sanity_section(logs: Path) -> str:
     """Controls: by hiding, and by carriers."""
     parts = []
-    if (logs / MAIN / summary.RUN).is_file():
-        found = summary.summarise(logs / MAIN)
+    if found := hidden(logs).get(MAIN):
         rows = [
-            (f"`{row['control']}`", f"`{row['of']}`", summary.number(row["difference"], "+.2f"), row["verdict"])
+            (f"`{row['control']}`", f"`{row['of']}`", number(row["difference"], "+.2f"), row["verdict"])
             for row in found["sanity"]
         ]
         parts.append(f"Drop of log p(answer) on GSM8K, {found['traces']} traces:")
         parts.append(grid(("control", "of", "real signal - control (nats)", "the control"), rows))
-    carriers = recall.summarise(lines_of(*(logs / f"recall-{task}.jsonl" for task in TASKS)))
-    rows = []
+    carriers, rows = recalled(logs), []
     for task in HEADLINE:
         for name, by in carriers.get(task, {}).get("signals", {}).items():
             if name.startswith("flow/") and name.split("/")[-1] in CONTROLS:
                 cell = by["max"]["difference"]["precision"]
                 turned = {"mean": -cell["mean"], "low": -cell["high"], "high": -cell["low"]}
                 verdict = "loses" if turned["low"] > 0 else "does not lose"
-                rows.append((f"`{name}`", task, shown(turned, "+.2f"), verdict))
+                rows.append((f"`{name}`", task, number(turned, "+.2f"), verdict))
     parts.append("Average precision of known carriers:")
     parts.append(grid(("control", "task", "`flow` - control", "the control"), rows))
     return "\n\n".join(parts)
@@ -166,10 +177,9 @@ def hiding_section(logs: Path) -> str:
     """The tables of the runs of `flowgraph faithful`."""
     parts = []
     for run in HIDING:
-        if not (logs / run / summary.RUN).is_file():
+        if (found := hidden(logs).get(run)) is None:
             parts.append(missing(run, f"python -m benchmarks.evidence.gsm8k --runs {run}"))
             continue
-        found = summary.summarise(logs / run)
         for table in found["tables"]:
             parts += [f"### {summary.title(table)}", summary.table_text(table, found["seconds"]["signals"])]
         parts.append(f"![Drops of log p(answer) by signal, with intervals](img/evidence-{run}.png)")
@@ -181,29 +191,19 @@ def hiding_section(logs: Path) -> str:
 def rl_section(logs: Path) -> str:
     """Does it help RL? One table per task."""
     parts = []
-    for name, lines in _runs(logs).items():
-        found = rl_gain.summarise(lines)
+    for name, found in trained(logs).items():
         rows = []
         for arm, one in found["arms"].items():
             against = [one["against"].get(other) for other in ("uniform", "random")]
             words = [
-                text for x in against for text in (("", "") if x is None else (shown(x["area"], "+.3f"), x["verdict"]))
+                text for x in against for text in (("", "") if x is None else (number(x["area"], "+.3f"), x["verdict"]))
             ]
-            cells = [str(one["seeds"]), shown(one["final"]), shown(one["area"])]
+            cells = [str(one["seeds"]), number(one["final"]), number(one["area"])]
             rows.append([f"`{arm}`", *cells, *words, f"{one['cpu_seconds']:.0f}"])
         headings = ("arm", "seeds", "final", "area", "area - uniform", "against uniform", "area - random")
         parts += [f"### {name}", grid((*headings, "against random", "CPU s"), rows)]
         parts.append(f"![Learning curves of {name}](img/evidence-rl-{name}.png)")
     return "\n\n".join(parts) or missing("rl-*.jsonl", "python -m benchmarks.rl_gain")
-
-
-def _runs(logs: Path) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each task with the settings of today."""
-    found = {}
-    for name, task in rl_tasks.TASKS.items():
-        key = rl_gain.Settings().of(task).key
-        found[name] = [one for one in rl_gain.read(logs / f"rl-{name}.jsonl") if one["settings"] == key]
-    return {name: runs for name, runs in found.items() if runs}
 
 
 def missing(log: str, command: str) -> str:
@@ -223,15 +223,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """The page with another content of one section.
-
-    Raises:
-        ValueError: the page does not hold both marks of the section, once each and in order.
-    """
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"{PAGE} must hold {begin} and, after it, {end}, once each")
-    return f"{text[: text.index(begin)]}{begin}\n\n{content}\n\n{text[text.index(end) :]}"
+    """The page with another content of one section."""
+    return tables.fill(text, name, f"\n{content}\n", PAGE)
 
 
 def page(text: str, logs: Path) -> str:
@@ -244,11 +237,10 @@ def page(text: str, logs: Path) -> str:
 def pictures(logs: Path, into: Path) -> None:
     """Learning curves, and drops and curves of hiding."""
     into.mkdir(parents=True, exist_ok=True)
-    for name, lines in _runs(logs).items():
-        rl_gain.plot(rl_gain.summarise(lines), into / f"evidence-rl-{name}.png")
-    for run in HIDING:
-        if (logs / run / summary.RUN).is_file():
-            plots.draw(summary.summarise(logs / run), into / f"evidence-{run}.png")
+    for name, curves in trained(logs).items():
+        rl_gain.plot(curves, into / f"evidence-rl-{name}.png")
+    for run, found in hidden(logs).items():
+        plots.draw(found, into / f"evidence-{run}.png")
 
 
 def main() -> None:

@@ -39,15 +39,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.evidence.decoders import load_decoder
 from benchmarks.evidence.tasks import TASKS, Problem
 from benchmarks.evidence.verify import Tried, tried
-from flowgraph.adapters.evidence.signals import SIGNALS, Place, Reading, scores_of
+from flowgraph.adapters.evidence.signals import SIGNALS, Place, Reading, heads_of, random_twin, scores_of
 from flowgraph.adapters.evidence.statistics import Interval, interval, paired
-from flowgraph.rl.baselines import HeadGroups, calibrate
-from flowgraph.spans import Spans, sinks_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence"
 SPLITS = ("choose", "report", "calibrate")
@@ -142,47 +140,15 @@ def place_of(problem: Problem) -> Place:
     return Place(prompt_mask=prompt, response_mask=~prompt, answer_tokens=answer, credit_mask=credit)
 
 
-def random_twin(model: Any) -> nn.Module:
-    """The same architecture with weights of a fixed seed: for the control "random_model"."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return type(model)(model.config).eval()
-
-
-def head_groups(model: nn.Module, problems: Sequence[Problem]) -> HeadGroups:
-    """Local and global heads, from the traces of some problems."""
-    longest = max(len(problem.tokens) for problem in problems)
-    ids = torch.zeros(len(problems), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    spans = []
-    for row, problem in enumerate(problems):
-        ids[row, : len(problem.tokens)] = torch.tensor(problem.tokens)
-        mask[row, : len(problem.tokens)] = 1
-        place = place_of(problem)
-        spans.append(
-            Spans(
-                prompt_mask=place.prompt_mask,
-                question_mask=place.prompt_mask,
-                response_mask=place.response_mask,
-                answer_tokens=place.answer_tokens,
-                answer_mask=sinks_of(place.answer_tokens),
-                credit_mask=place.credit_mask,
-                flags=(),
-                answer_text=None,
-                finder=None,
-            )
-        )
-    return calibrate(model, ids, mask, spans)
-
-
 class Subject:
     """The decoder of a task, and what has to be known of it once."""
 
     def __init__(self, task: str, model: Any = None) -> None:
         self.task, self.model = task, load_decoder(task) if model is None else model
-        self.other = random_twin(self.model)
+        self.other = random_twin(self.model, seed=0)
         self.unlabelled = [problem_of(task, "calibrate", number) for number in range(CALIBRATED_ON)]
-        self.heads = head_groups(self.model, self.unlabelled)
+        traces = [(torch.tensor(one.tokens), place_of(one).spans()) for one in self.unlabelled]
+        self.heads = heads_of(self.model, traces)
         self._tried: dict[tuple[str, int], Tried] = {}
 
     def reading(self, problem: Problem) -> Reading:
