@@ -1,7 +1,7 @@
 # Everything happens in .venv of this checkout; pip's own settings (PIP_INDEX_URL, ...) apply.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-verl test-fuzz lint types format bench bench-flashtrace bench-trl soak kill evidence evidence-full wheel clean
+.PHONY: help setup demo test test-long test-gpu test-scatter test-verl test-fuzz lint types format bench bench-gpu bench-flashtrace bench-trl soak kill evidence evidence-full wheel clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -22,6 +22,12 @@ FLASHTRACE_VENV := .venv-flashtrace
 FLASHTRACE_BIN := $(FLASHTRACE_VENV)/bin
 FLASHTRACE_READY := $(FLASHTRACE_VENV)/.ready
 FLASHTRACE_NEEDS := accelerate matplotlib networkx numpy seaborn==0.13.2 spacy==3.8.18 tqdm transformers wordfreq==3.1.1
+
+# torch-scatter is built here: its makers offer no wheel for every torch, so one is made for the torch of .venv, once, and
+# kept. It goes into a folder of its own, so that all other tests run without it.
+SCATTER := torch-scatter==2.1.2
+SCATTER_READY := .torch-scatter/.ready
+WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/flowgraph/wheels
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +54,19 @@ test-long: setup  ## the long tests
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+
+test-scatter: $(SCATTER_READY)  ## the tests of solves with torch-scatter (the first time builds it: ten minutes)
+	@OMP_NUM_THREADS=1 PYTHONPATH=.torch-scatter $(BIN)/python -m pytest -q tests/test_backends.py $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 PYTHONPATH=.torch-scatter FLOWGRAPH_SOLVERS=scatter:torch_scatter \
+	  $(BIN)/python -m pytest -q tests/test_laws.py $(PYTEST_ARGS)
+
+$(SCATTER_READY): $(READY)
+	@folder="$(WHEELS)/torch-$$($(BIN)/python -c 'import torch; print(torch.__version__)')"; mkdir -p "$$folder"; \
+	  pip="$(BIN)/python -m pip --disable-pip-version-check --quiet"; \
+	  echo "Building $(SCATTER), unless its wheel lies in $$folder"; \
+	  $$pip wheel --no-build-isolation --no-deps --find-links "$$folder" --wheel-dir "$$folder" $(SCATTER) && \
+	  rm -rf .torch-scatter && $$pip install --no-deps --no-index --find-links "$$folder" --target .torch-scatter $(SCATTER)
+	@touch $@
 
 test-verl: $(VERL_READY)  ## the tests against the real verl, in an environment of their own (.venv-verl)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest -q tests/verl $(PYTEST_ARGS)
@@ -78,6 +97,9 @@ format: setup  ## let ruff lay out and mend the code
 bench: setup $(FLASHTRACE_READY)  ## run the benchmarks (50 minutes); goes on where a run was stopped
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.run
 
+bench-gpu: setup  ## measure all of docs/gpu.md on this GPU, for 8 minutes; goes on where a run was stopped
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu
+
 bench-flashtrace: $(FLASHTRACE_READY)  ## make the environment of FlashTrace, which bench compares with
 
 $(FLASHTRACE_READY): constraints.txt
@@ -100,7 +122,7 @@ kill: setup  ## kill 40 jobs of scoring and compare with an undisturbed one
 evidence: setup  ## rebuild the tables and pictures of docs/evidence.md from the logs
 	@$(BIN)/python -m benchmarks.evidence.page
 
-evidence-full: setup  ## run all that docs/evidence.md is made of (hours; goes on with the logs that are there)
+evidence-full: setup $(FLASHTRACE_READY)  ## run all that docs/evidence.md is made of (hours; goes on with the logs that are there)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence.decoders
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence.recall
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.evidence.choices

@@ -97,7 +97,7 @@ def self_test(device: str) -> Iterator[tuple[str, float, float]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from flowgraph import Flow, TokenGraph, Tracer, trace_flow
-    from flowgraph.solve import SOLVERS
+    from flowgraph.solve import solvers_for
 
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -129,7 +129,7 @@ def self_test(device: str) -> Iterator[tuple[str, float, float]]:
     source, target = graph.edge_index.cpu()
     captured[target, source] = graph.edge_weight.double().cpu()
     yield "capture", float((captured - dense.tril(-1)).abs().max()), 1e-5
-    for solver in SOLVERS:
-        if solver != "scipy" or device == "cpu":
-            yield f"solver {solver}", error(trace_flow(graph, solver)), 1e-4
+    for solver, backend in solvers_for(device):
+        what = f"solver {solver}" + (f", {backend}" if backend != "torch" else "")
+        yield what, error(trace_flow(graph, solver, backend)), 1e-4
     yield "mode exact", error(exact), 1e-4

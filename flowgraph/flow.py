@@ -14,7 +14,8 @@ from torch_geometric.data import Batch
 
 from flowgraph.graph import TokenGraph, closed_tokens, graph_batch, graph_ptr
 from flowgraph.pools import Pools, expand
-from flowgraph.solve import SOLVERS, Solution, System, choose_solver
+from flowgraph.solve import SOLVERS, Solution, System, choose
+from flowgraph.sums import Groups
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Relative error at which iterative solvers stop, by the dtype of the graph's weights."""
@@ -46,6 +47,7 @@ class Flow:
             from the sweeps of `exact_flow`; else 0.
         iterations: [B] hops of the iterative solver; 1 for the direct ones.
         solver: the algorithm that ran ("exact" for `exact_flow`). graph: the graph or batch itself.
+        backend: the library it ran on.
     """
 
     reach: Tensor
@@ -63,6 +65,7 @@ class Flow:
     iterations: Tensor
     solver: str
     graph: TokenGraph
+    backend: str = "torch"
 
     def __len__(self) -> int:
         """Number of graphs."""
@@ -86,6 +89,7 @@ class Flow:
             **{name: getattr(self, name)[one] for name in _PER_GRAPH},
             solver=self.solver,
             graph=self.graph[number],
+            backend=self.backend,
         )
 
     def __iter__(self) -> Iterator[Flow]:
@@ -97,13 +101,15 @@ class Flow:
         joined = {
             name: torch.cat([getattr(flow, name) for flow in flows]) for name in _PER_TOKEN + _PER_EDGE + _PER_GRAPH
         }
-        solver = "+".join(sorted({flow.solver for flow in flows}))
-        return cls(**joined, solver=solver, graph=Batch.from_data_list([flow.graph for flow in flows]))
+        solver, backend = ("+".join(sorted({getattr(flow, name) for flow in flows})) for name in ("solver", "backend"))
+        graph = Batch.from_data_list([flow.graph for flow in flows])
+        return cls(**joined, solver=solver, graph=graph, backend=backend)
 
 
 def trace_flow(
     graph: TokenGraph,
     solver: str = "auto",
+    backend: str = "auto",
     *,
     absorb_at_prompt: bool = False,
     tol: float | None = None,
@@ -116,14 +122,21 @@ def trace_flow(
     Args:
         graph: a `TokenGraph`, or a batch of them from `Batch.from_data_list` or a `DataLoader`.
         solver: the algorithm. "scipy": sparse triangular solve, CPU only. "scatter": message passing, any device.
-            "reference": dense float64, for tests. "auto": scipy on the CPU, scatter elsewhere.
+            "blocks": message passing between dense blocks of 128 tokens, any device with float64. "sweep": one Triton
+            program per graph, a GPU. "reference": dense float64, for tests. "auto": scipy on the CPU, scatter elsewhere
+            until a GPU has been measured.
+        backend: the library that it works with. "torch": what is always there (with solver="scipy", SciPy). "triton"
+            for "sweep"; "torch_scatter" or "cupy" for the sums of "scatter", "cupy" for those of "blocks". "auto": the
+            solver's own. What is named is taken or refused.
         absorb_at_prompt: edges whose later end is a prompt token that is no sink don't exist: flow leaves the prompt at
             once and never runs within it.
-        tol: relative error per token at which "scatter" stops; default 1e-6 in float32, 1e-12 in float64.
-        max_hops: limit on its hops (default: none). What it cuts off is in `unabsorbed`.
+        tol: relative error per token at which "scatter" and "blocks" stop; default 1e-6 in float32, 1e-12 in float64.
+        max_hops: limit on their hops (default: none). What it cuts off is in `unabsorbed`.
 
     Raises:
-        ValueError: unknown solver, a solver that can't run on the graph's device, or a graph that breaks a law.
+        ValueError: unknown solver or backend, one that can't run on the graph's device or with the other, or a graph
+            that breaks a law.
+        ImportError: the backend that is named is not installed; says what to install.
     """
     if not isinstance(graph, TokenGraph):
         raise TypeError(
@@ -132,6 +145,7 @@ def trace_flow(
     if max_hops is not None and max_hops < 0:
         raise ValueError(f"max_hops must be >= 0, got {max_hops}")
     graph.validate()
+    solver, backend = choose(solver, backend, graph.edge_weight.device)
     weight, source, target = graph.edge_weight.detach(), graph.edge_index[0], graph.edge_index[1]
     pools, batch, num_graphs = graph.pools, graph_batch(graph), len(graph_ptr(graph)) - 1
     if absorb_at_prompt:
@@ -146,8 +160,8 @@ def trace_flow(
         num_graphs=num_graphs,
         tol=TOLERANCE[weight.dtype] if tol is None else tol,
         max_hops=max_hops,
+        backend=backend,
     )
-    solver = choose_solver(solver, weight.device)
     if pools.index.numel():
         solution, unlisted_in, unlisted_out = _solve_with_pools(SOLVERS[solver], system, pools)
     else:
@@ -155,8 +169,7 @@ def trace_flow(
         unlisted_in = unlisted_out = torch.zeros_like(solution.flow)
 
     def per_graph(values: Tensor) -> Tensor:
-        total = torch.zeros(num_graphs, dtype=values.dtype, device=values.device)
-        return total.scatter_add_(0, batch.to(values.device), values)
+        return torch.segment_reduce(values, "sum", offsets=system.ptr.to(values.device), unsafe=True)
 
     flow, transition = solution.flow, solution.transition
     injected = per_graph(solution.injection)
@@ -181,6 +194,7 @@ def trace_flow(
         iterations=solution.iterations.to(weight.device),
         solver=solver,
         graph=graph,
+        backend=backend,
     )
 
 
@@ -211,8 +225,7 @@ def _solve_with_pools(
     tokens, device = nodes.tokens.to(solution.flow.device), solution.flow.device
     moved = (solution.flow[nodes.edge_index[0].to(device)] * solution.transition)[nodes.links.to(device)]
     token, collects = token.to(device), collects.to(device)
-    arrives = moved.new_zeros(N).index_add_(0, token[~collects], moved[~collects])
-    leaves = moved.new_zeros(N).index_add_(0, token[collects], moved[collects])
+    arrives, leaves = (_by_token(token[some], moved[some], N) for some in (~collects, collects))
     of_tokens = Solution(
         reach=solution.reach.at(tokens),
         flow=solution.flow[tokens],
@@ -221,3 +234,9 @@ def _solve_with_pools(
         iterations=solution.iterations,
     )
     return of_tokens, arrives, leaves
+
+
+def _by_token(token: Tensor, values: Tensor, num_tokens: int) -> Tensor:
+    """[N] the values of each token added up."""
+    groups = Groups.by(token, num_tokens, ascending=False)
+    return groups.sum(groups.arrange(values))

@@ -1,6 +1,15 @@
-"""The laws of reach, flow and credit, for every solver, on random and on adversarial graphs."""
+"""The laws of reach, flow and credit, for every solver, on random and on adversarial graphs.
+
+    FLOWGRAPH_SOLVERS="sweep scatter:torch_scatter" python -m pytest tests/test_laws.py
+
+holds others to them, with fewer examples each: what needs Triton's interpreter or a library that is not always there.
+"""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +18,31 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from flowgraph import Flow, TokenGraph, credit, trace_flow
+import flowgraph
+from flowgraph import Flow, TokenGraph, blocks, credit, layers
 from tests.graphs import chain, graphs, layered, mask_of, random_graph
 
-SOLVERS = ("scipy", "scatter", "reference")
-FAST = ("scipy", "scatter")
+NAMED = tuple(os.environ.get("FLOWGRAPH_SOLVERS", "").split())
+FAST = NAMED or ("scipy", "scatter", "blocks")
+SOLVERS = NAMED or (*FAST, "reference")
+if NAMED:
+    settings.register_profile("named", deadline=None, max_examples=8)
+    settings.load_profile("named")
 solvers = pytest.mark.parametrize("solver", SOLVERS)
 fast_solvers = pytest.mark.parametrize("solver", FAST)
+
+
+def trace_flow(graph: TokenGraph, solver: str = "auto", **more: Any) -> Flow:
+    """By a solver, or by "solver:backend"."""
+    return flowgraph.trace_flow(graph, *solver.split(":"), **more)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _many_blocks() -> Iterator[None]:
+    """Of 4 tokens each: the graphs here are small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "SIZE", 4)
+        yield
 
 
 def close(a: Tensor, b: Tensor, rtol: float, atol: float = 0.0) -> None:
@@ -174,6 +201,18 @@ def test_a_batch_equals_its_graphs_one_by_one(solver: str, several: list[TokenGr
 
 
 @fast_solvers
+@given(several=st.lists(graphs(max_tokens=12), min_size=1, max_size=3), place=st.integers(0, 3))
+def test_a_batch_has_the_bits_of_its_graphs(solver: str, several: list[TokenGraph], place: int) -> None:
+    """Also where one of them is too much for floats, and is solved with exponents."""
+    several.insert(place, chain(400, 0.1, torch.float64))
+    together = trace_flow(Batch.from_data_list(several), solver)
+    for graph, one in zip(several, together, strict=True):
+        alone = trace_flow(graph, solver)
+        for name in ("reach", "log_reach", "flow", "transition", "edge_flow", "absorbed", "iterations"):
+            assert torch.equal(getattr(one, name), getattr(alone, name)), name
+
+
+@fast_solvers
 @given(several=st.lists(graphs(max_tokens=12), min_size=2, max_size=4), order=st.randoms())
 def test_the_order_of_graphs_in_a_batch_does_not_matter(solver: str, several: list[TokenGraph], order: object) -> None:
     numbers = list(range(len(several)))
@@ -292,6 +331,20 @@ def test_scatter_stops_by_a_bound_on_the_error() -> None:
     assert iterations == sorted(set(iterations)) and iterations[-1] < 60
 
 
+@pytest.mark.parametrize("solver", ["scatter", "blocks"])
+@pytest.mark.parametrize("max_hops", [None, 0, 3])
+def test_looking_less_often_whether_to_stop_changes_nothing(
+    solver: str, max_hops: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = [random_graph(30, seed=1), chain(21, 0.5, torch.float64), random_graph(9, seed=2)]
+    batch = Batch.from_data_list(several)
+    often = trace_flow(batch, solver, max_hops=max_hops)
+    monkeypatch.setattr(layers, "LOOK_EVERY", {"cpu": 4})
+    rarely = trace_flow(batch, solver, max_hops=max_hops)
+    for name in ("log_reach", "flow", "iterations"):
+        assert torch.equal(getattr(often, name), getattr(rarely, name))
+
+
 def test_max_hops_shows_in_what_is_not_absorbed() -> None:
     flow = trace_flow(chain(20, 0.5, torch.float64), "scatter", max_hops=5)
     assert int(flow.iterations) == 5
@@ -324,6 +377,6 @@ def test_solvers_are_used_or_refused() -> None:
     graph = random_graph(10)
     assert trace_flow(graph).solver == "scipy"
     for solver in SOLVERS:
-        assert trace_flow(graph, solver).solver == solver
+        assert trace_flow(graph, solver).solver == solver.split(":")[0]
     with pytest.raises(ValueError, match=r"solver must be \"auto\", .*scatter.*got 'cuda'"):
         trace_flow(graph, "cuda")
