@@ -23,7 +23,9 @@ Shapes: N tokens, B graphs, m witnesses.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -70,10 +72,15 @@ class Witnesses:
     def see(self, start: int, past: Tensor) -> None:
         """Take what rows `start ..` have of it; `past` [r, >= start + r], zero on and above the diagonal."""
         stop, width = start + len(past), past.shape[1]
-        here = (self.tokens >= start) & (self.tokens < stop)
-        self.rows[here, :width] = past[self.tokens[here] - start].to(self.rows)
-        seen = self.tokens < width
-        self.columns[seen, start:stop] = past[:, self.tokens[seen]].T.to(self.columns)
+        # Slices of an ascending list: masks as indices would make the host wait for the device in every block.
+        first, last, end = (bisect_left(self._places, place) for place in (start, stop, width))
+        self.rows[first:last, :width] = past[self.tokens[first:last] - start].to(self.rows)
+        self.columns[:end, start:stop] = past[:, self.tokens[:end]].T.to(self.columns)
+
+    @cached_property
+    def _places(self) -> list[int]:
+        found: list[int] = self.tokens.tolist()
+        return found
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,24 @@ everything is known that makes an edge matter: `f(i) P(i -> k) = y(i) W[k, i] h(
 edges are chosen by flow and not by raw attention, and only for looking at: reach and flow don't depend on them.
 
 Time is twice that of reading the rows once; memory is O(r * N) for blocks of r rows. All sums are float64.
+
+Rows that kernels compute (`backend="triton"`) are not written where a sweep only sums them up: then a block is its
+square, W between its own rows, and two products with a vector (`flowgraph.rows.BlockedRows`). The first sweep never
+needs more; the second needs the block itself to list edges, and with `edges=TopK(0)`, which lists none, it doesn't.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowgraph.flow import Flow
 from flowgraph.graph import TokenGraph, closed_tokens, flow_masks
-from flowgraph.rows import Rows
-from flowgraph.sparsify import EdgeRule, Edges, TopK, check_weights
+from flowgraph.rows import BlockedRows, Rows, solve_square
+from flowgraph.sparsify import EdgeRule, Edges, TopK, check_weights, is_wrong
 
 SMALLEST = 1e-280
 """Reach below this has lost digits in float64. Attention never comes near; the solvers of `trace_flow` go further."""
@@ -50,7 +54,8 @@ def exact_flow(
         prompt_mask, answer_mask, question_mask: [N] bool, as in `TokenGraph.from_edges`.
         absorb_at_prompt: as in `trace_flow`.
         edges: which edges the graph shows, by the share of the whole flow that they carry (default: `TopK(32)`, the 32
-            strongest into each token). What the others carry is in `unlisted_inflow` and `unlisted_outflow`.
+            strongest into each token; `TopK(0)`: none, where only credits are wanted). What the others carry is in
+            `unlisted_inflow` and `unlisted_outflow`.
         roles: further keyword arguments of `TokenGraph.from_edges`.
 
     Returns:
@@ -65,12 +70,21 @@ def exact_flow(
     # What rows that flow may not enter attend to gets nothing back from them.
     closed = closed_tokens(prompt_mask, answer_mask, absorb_at_prompt)
     reach = torch.zeros(rows.num_tokens, dtype=torch.float64, device=answer_mask.device)
-    for _ in descend(rows, answer_mask, closed, reach):
-        pass
+    summed = rows if isinstance(rows, BlockedRows) and rows.backend == "triton" else None
+    if summed is not None:
+        _descend_in_sums(summed, answer_mask, closed, reach)
+    else:
+        for _ in descend(rows, answer_mask, closed, reach):
+            pass
     check_reach(reach)
     start = (masks["question_mask"] & (reach > 0)).double()
     injection = start / start.sum().clamp(min=1)
-    return _forward(rows, reach, injection, answer_mask, closed, TopK(32) if edges is None else edges, roles | masks)
+    rule = TopK(32) if edges is None else edges
+    if summed is not None and rule == TopK(0):
+        swept = _ascend_in_sums(summed, reach, injection, answer_mask, closed)
+    else:
+        swept = _ascend(rows, reach, injection, answer_mask, closed, rule)
+    return _flow(swept, reach, injection, answer_mask, roles | masks)
 
 
 def descend(rows: Rows, sinks: Tensor, closed: Tensor, reach: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -88,13 +102,37 @@ def descend(rows: Rows, sinks: Tensor, closed: Tensor, reach: Tensor) -> Iterato
         stop = start + len(block)
         weight = block.double() * ~closed[start:stop, None]
         ends = sinks[start:stop]
-        # x(i) - sum_k W[k, i] x(k) = arriving(i), and x = 1 at sinks: upper triangular, ones on the diagonal.
-        system = -weight[:, start:].tril(-1).mT * ~ends[:, None]
+        # x(i) = arriving(i) + sum_k W[k, i] x(k), and x = 1 at sinks.
         here = torch.where(ends, 1.0, arriving[start:stop])
-        here = torch.linalg.solve_triangular(system, here[:, None], upper=True, unitriangular=True)[:, 0]
+        here = _solve(rows, block[:, start:], here, ~closed[start:stop], ~ends, backward=True)
         reach[start:stop] = here
         arriving[:start] += here @ weight[:, :start]
         yield start, block, weight
+
+
+def _solve(rows: Rows, square: Tensor, right: Tensor, into: Tensor, out_of: Tensor, backward: bool) -> Tensor:
+    """`solve_square`, by what computes the rows."""
+    if isinstance(rows, BlockedRows):
+        return rows.solve(square, right, into, out_of, backward)
+    return solve_square(square.double(), right, into, out_of, backward)
+
+
+def _descend_in_sums(rows: BlockedRows, sinks: Tensor, closed: Tensor, reach: Tensor) -> None:
+    """`descend` for rows that kernels sum up; it fills in reach alone. The host waits for the device once."""
+    arriving = torch.zeros_like(reach)
+    wrong = []
+    for start in reversed(rows.starts):
+        square = rows.square(start)
+        wrong.append(is_wrong(square))
+        here = slice(start, start + len(square))
+        open_, ends = ~closed[here], sinks[here]
+        right = torch.where(ends, 1.0, arriving[here])
+        reach[here] = rows.solve(square, right, open_, ~ends, backward=True)
+        arriving[:start] += rows.arriving(start, reach[here] * open_)
+    # A wrong weight is in the square, or makes a sum wrong, even one that reach of 0 was a factor in.
+    if torch.stack([*wrong, ~arriving.isfinite().all()]).any():
+        for start, block in rows.blocks(last_first=True):
+            check_weights(block, start)
 
 
 def check_reach(reach: Tensor) -> None:
@@ -106,22 +144,33 @@ def check_reach(reach: Tensor) -> None:
         )
 
 
-def _forward(
-    rows: Rows, reach: Tensor, injection: Tensor, sinks: Tensor, closed: Tensor, rule: EdgeRule, roles: dict[str, Any]
-) -> Flow:
+class _Swept(NamedTuple):
+    """What the ascending sweep finds: flow [N], listed edges and the flow [E] on each, flow [N] on all the others."""
+
+    flow: Tensor
+    edges: Edges
+    edge_flow: Tensor
+    unlisted_in: Tensor
+    unlisted_out: Tensor
+
+
+def _per_reach(injection: Tensor, reach: Tensor) -> Tensor:
+    return torch.where(reach > 0, injection / reach.clamp(min=SMALLEST), 0)
+
+
+def _ascend(rows: Rows, reach: Tensor, injection: Tensor, sinks: Tensor, closed: Tensor, rule: EdgeRule) -> _Swept:
     """The ascending sweep: flow, and the edges worth showing."""
     # y = f / h of tokens that pass flow on; sinks keep what they get, and dead ends get nothing.
     y = torch.zeros_like(reach)
     flow, unlisted_in, unlisted_out = torch.zeros_like(reach), torch.zeros_like(reach), torch.zeros_like(reach)
-    per_reach = torch.where(reach > 0, injection / reach.clamp(min=SMALLEST), 0)
+    per_reach = _per_reach(injection, reach)
     sources, targets, weights, carried, selves, losses = [], [], [], [], [], []
     for start, block in rows.blocks():
         stop = start + len(block)
         weight = block.double() * ~closed[start:stop, None]
         passing = ~sinks[start:stop] & (reach[start:stop] > 0)
-        within = -weight[:, start:].tril(-1) * passing
         known = per_reach[start:stop] + weight[:, :start] @ y[:start]
-        here = torch.linalg.solve_triangular(within, known[:, None], upper=False, unitriangular=True)[:, 0]
+        here = _solve(rows, block[:, start:], known, ~closed[start:stop], passing, backward=False)
         flow[start:stop] = here * reach[start:stop]
         y[start:stop] = here * passing
         weight = weight.tril(start - 1)
@@ -144,8 +193,36 @@ def _forward(
         dropped=torch.cat(losses),
         rule=f"by flow: {rule}",
     )
+    return _Swept(flow, listed, torch.cat(carried), unlisted_in, unlisted_out)
+
+
+def _ascend_in_sums(rows: BlockedRows, reach: Tensor, injection: Tensor, sinks: Tensor, closed: Tensor) -> _Swept:
+    """`_ascend` for rows that kernels sum up, and no edges."""
+    y, flow, inflow = torch.zeros_like(reach), torch.zeros_like(reach), torch.zeros_like(reach)
+    per_reach, ones = _per_reach(injection, reach), torch.ones_like(reach)
+    selves, losses = [], []
+    for start in rows.starts:
+        square = rows.square(start)
+        here = slice(start, start + len(square))
+        open_, passing = ~closed[here], ~sinks[here] & (reach[here] > 0)
+        known, mass = rows.known(start, torch.stack([y[:start], ones[:start]]))
+        known = known * open_
+        solved = rows.solve(square, per_reach[here] + known, open_, passing, backward=False)
+        y[here] = solved * passing
+        past = square.double().tril(-1)
+        flow[here] = solved * reach[here]
+        inflow[here] = (known + past @ y[here] * open_) * reach[here]
+        selves.append(square.diagonal().clone())
+        losses.append((mass + past.sum(-1)).to(square))
+    none = torch.empty(2, 0, dtype=torch.int64, device=reach.device)
+    listed = Edges(none, selves[0][:0], torch.cat(selves), torch.cat(losses), rule=f"by flow: {TopK(0)}")
+    return _Swept(flow, listed, flow[:0], inflow, y * reach)
+
+
+def _flow(swept: _Swept, reach: Tensor, injection: Tensor, sinks: Tensor, roles: dict[str, Any]) -> Flow:
+    """All that a `Flow` holds."""
+    flow, listed, edge_flow = swept.flow, swept.edges, swept.edge_flow
     graph = TokenGraph.from_sparse(listed, **roles)
-    edge_flow = torch.cat(carried)
     passed = (flow * ~sinks)[graph.edge_index[0]]
     injected, absorbed = injection.sum()[None], (flow * sinks).sum()[None]
 
@@ -163,8 +240,8 @@ def _forward(
         injected=out(injected),
         absorbed=out(absorbed),
         unabsorbed=out(injected - absorbed),
-        unlisted_inflow=out(unlisted_in),
-        unlisted_outflow=out(unlisted_out),
+        unlisted_inflow=out(swept.unlisted_in),
+        unlisted_outflow=out(swept.unlisted_out),
         iterations=torch.ones(1, dtype=torch.int64, device=reach.device),
         solver="exact",
         graph=graph,

@@ -30,15 +30,16 @@ from torch import nn
 
 from flowgraph.capture import choose_layers, softmax_layers_of, unwrap
 from flowgraph.options import Options
-from flowgraph.rows import BLOCK_BYTES, KEPT_BYTES, TILE_BYTES
+from flowgraph.rows import KEPT_BYTES, TILE_BYTES, of_device, rows_of_a_block
 from flowgraph.sparse import DEFAULT_RULE
 from flowgraph.sparsify import EdgeRule, Mass, Threshold, TopK, default_rule
 
 CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
 """Tokens per pass that are tried, the largest first: a small chunk costs time."""
 
-_ROW_BYTES = {"edges": 17, "sparse": 42, "streamed": 29, "exact": 54}
-"""Per number of a block [r, N] of rows: itself, its copies in float64, masks, the rest of the last one. Measured."""
+_ROW_BYTES = {"edges": 17, "sparse": 42, "streamed": 29, "exact": 54, "kept": 4, "pooled": 12, "sums": 12}
+"""Per number of a block [r, N] of rows: itself, its copies in float64, masks, the rest of the last one. Measured; but
+reckoned where kernels choose the edges ("kept", with pools "pooled") or sum rows up and list no edges ("sums")."""
 _WAITING_BYTES = {"edges": 5, "sparse": 17}
 """Of these, what stays while the model runs on the next chunk."""
 _FOUND_BYTES, _JOINED_BYTES = 28, {"edges": 64, "sparse": 89, "exact": 100}
@@ -252,7 +253,7 @@ class _Shapes:
         chosen: how many layers are read. itemsize: of the dtype that the model runs in. heads: H.
         windows: of each layer that runs, how many tokens its cache holds at most; 0 where it is no softmax attention.
         log_sum: does the model's kernel give the log-sum-exp of rows? eager: does it hold all scores of a few queries?
-        accelerator: is it anything but a CPU? rough: why all of this is rough.
+        device: that of the model; the CPU where it has none. rough: why all of this is rough.
     """
 
     width: int
@@ -265,15 +266,21 @@ class _Shapes:
     itemsize: int
     log_sum: bool
     eager: bool
-    accelerator: bool
+    device: torch.device
     rough: str
+
+    @property
+    def accelerator(self) -> bool:
+        """Is the device anything but a CPU?"""
+        return self.device.type != "cpu"
 
     @classmethod
     def of(cls, model: Any, options: Options, device: torch.device | str | None) -> _Shapes:
         model = unwrap(model)
         config = model.config.get_text_config()
         parameter = next(model.parameters())
-        kind = torch.device(parameter.device if device is None else device).type
+        place = torch.device(parameter.device if device is None else device)
+        kind = place.type
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         named = [number for number, name in enumerate(kinds) if name.endswith("attention") and "linear" not in name]
         softmax = named if parameter.is_meta else softmax_layers_of(model, torch.zeros(1, 4).long())
@@ -311,7 +318,7 @@ class _Shapes:
             itemsize=parameter.element_size(),
             log_sum=kernel == "sdpa",
             eager=kernel in (None, "eager"),
-            accelerator=kind not in ("cpu", "meta"),
+            device=torch.device("cpu") if kind == "meta" else place,
             rough=", ".join(rough),
         )
 
@@ -368,9 +375,14 @@ class _Graph:
 
     @classmethod
     def of(cls, mode: str, num_tokens: int, rule: EdgeRule | None) -> _Graph:
-        default: dict[str, EdgeRule] = {"exact": TopK(32), "sparse": DEFAULT_RULE, "edges": default_rule(num_tokens)}
         links = num_tokens * (num_tokens - 1).bit_length() if mode == "sparse" else 0
-        return cls(mode, _expected_edges(rule or default[mode], num_tokens), links)
+        return cls(mode, _expected_edges(rule or cls.default_rule(mode, num_tokens), num_tokens), links)
+
+    @staticmethod
+    def default_rule(mode: str, num_tokens: int) -> EdgeRule:
+        """What stands for None."""
+        rules: dict[str, EdgeRule] = {"exact": TopK(32), "sparse": DEFAULT_RULE, "edges": default_rule(num_tokens)}
+        return rules[mode]
 
     @property
     def bytes(self) -> int:
@@ -393,9 +405,13 @@ def _predict(shapes: _Shapes, work: _Work, options: Options) -> Plan:
     widest = max(graphs, key=lambda graph: graph.edges + graph.links)
     done = sum(graph.bytes for graph in graphs) - widest.bytes
 
-    rows, waiting = _reading(shapes, N, modes[work.lengths.index(N)], streams, by_value)
+    mode = modes[work.lengths.index(N)]
+    rule = options.edges or _Graph.default_rule(mode, N)
+    rows, waiting = _reading(shapes, N, mode, rule, streams, options)
+    kernels = _of_kernels(shapes, N, mode, rule, n if streams else N, options)
     pools = _pool_numbers(N, streams) * 8 if "sparse" in modes else 0
-    found = {"edges": _FOUND_BYTES * widest.edges, "pools": pools, "other graphs": done}
+    places = kernels.pop("places for edges", 0)
+    found = {"edges": places or _FOUND_BYTES * widest.edges, "pools": pools, "other graphs": done}
     sparse = sum(length for length, mode in zip(work.lengths, modes, strict=True) if mode == "sparse")
     found["witnesses"] = 2 * 4 * options.witnesses * sparse  # float32 rows and columns
     making = max(0, _POOL_BYTES * widest.links + pools)
@@ -418,11 +434,11 @@ def _predict(shapes: _Shapes, work: _Work, options: Options) -> Plan:
             forward["queries and keys"] = 0 if away else before
             held = {"queries and keys": kept}
         phases["forward pass"] = forward
-    phases["rows"] = held | {"rows": rows} | found
-    if modes[work.lengths.index(N)] == "exact":
-        phases["rows"]["rows read once"] = min(KEPT_BYTES, 2 * N * N)
+    phases["rows"] = held | {"rows": rows} | found | kernels
+    if mode == "exact":
+        phases["rows"]["rows read once"] = min(of_device(KEPT_BYTES, shapes.device), 2 * N * N)
     joined = {"edges": _JOINED_BYTES[widest.mode] * widest.edges, "pools": pools + making, "other graphs": done}
-    phases["graph"] = held | joined
+    phases["graph"] = held | joined | {"places for edges": places}
     solving = [graph for graph in graphs if graph.mode != "exact"]
     if solving:
         size = sum(graph.edges + graph.links for graph in solving)
@@ -437,7 +453,7 @@ def _predict(shapes: _Shapes, work: _Work, options: Options) -> Plan:
     phases = {name: {part: size for part, size in parts.items() if size} for name, parts in phases.items()}
     return Plan(
         num_tokens=N,
-        mode=modes[work.lengths.index(N)],
+        mode=mode,
         chunk=chunk,
         offload=options.offload,
         phases=phases,
@@ -447,14 +463,48 @@ def _predict(shapes: _Shapes, work: _Work, options: Options) -> Plan:
     )
 
 
-def _reading(shapes: _Shapes, num_tokens: int, mode: str, streams: bool, by_value: bool) -> tuple[int, int]:
+def _reading(
+    shapes: _Shapes, num_tokens: int, mode: str, rule: EdgeRule, streams: bool, options: Options
+) -> tuple[int, int]:
     """Bytes of a block of rows with all that is made of it, and what of that stays while the model runs on."""
-    numbers = num_tokens * max(16, min(256, BLOCK_BYTES // (4 * num_tokens)))
-    tile = TILE_BYTES["other" if shapes.accelerator else "cpu"]
-    if not shapes.log_sum:  # whole rows at a time
-        tile = max(tile, 4 * shapes.heads * 16 * num_tokens)
-    per_number = _ROW_BYTES["streamed" if streams and mode == "sparse" else mode] + 4 * by_value
-    return numbers * per_number + tile, numbers * _WAITING_BYTES.get(mode, 0)
+    numbers = num_tokens * rows_of_a_block(num_tokens, shapes.device)
+    if options.backend == "triton":
+        tile = 0  # no score is ever stored
+    else:
+        tile = of_device(TILE_BYTES, shapes.device)
+        if not shapes.log_sum:  # whole rows at a time
+            tile = max(tile, 4 * shapes.heads * 16 * num_tokens)
+        tile += 4 * numbers * (options.weights == "value_norm")
+    kind = "streamed" if streams and mode == "sparse" else mode
+    if options.backend == "triton":
+        if _places(num_tokens, mode, rule):
+            kind = "pooled" if mode == "sparse" else "kept"
+        elif mode == "exact" and rule == TopK(0):
+            kind = "sums"
+    return numbers * _ROW_BYTES[kind] + tile, numbers * _WAITING_BYTES.get(mode, 0)
+
+
+def _of_kernels(
+    shapes: _Shapes, num_tokens: int, mode: str, rule: EdgeRule, queries: int, options: Options
+) -> dict[str, int]:
+    """Part -> bytes that the kernels of `flowgraph.triton_rows` hold beside a block; nothing for other backends."""
+    if options.backend != "triton":
+        return {}
+    found = {"places for edges": _places(num_tokens, mode, rule)}
+    if not shapes.log_sum or options.weights == "value_norm":  # worked out anew, of every layer
+        found["log-sums"] = 4 * shapes.heads * shapes.chosen * queries
+    if mode == "exact":  # one number for each row or column of a tile, of 64 rows and 128 columns
+        rows = rows_of_a_block(num_tokens, shapes.device)
+        found["sums of tiles"] = 8 * (ceil(rows / 64) * num_tokens + 2 * rows * ceil(num_tokens / 128))
+    return found
+
+
+def _places(num_tokens: int, mode: str, rule: EdgeRule) -> int:
+    """Bytes of the places for what is above a threshold, a column and a weight each; 0 where no kernel cuts it out."""
+    if mode == "exact" or not isinstance(rule, Threshold) or rule.cap is not None:
+        return 0
+    per_row = num_tokens if rule.value * num_tokens <= 1 else int(1 / rule.value) + 1
+    return 8 * num_tokens * per_row
 
 
 def _pool_numbers(num_tokens: int, streams: bool) -> int:

@@ -109,9 +109,10 @@ class PoolBuilder:
         """Rows `start ..`.
 
         Args:
-            rest: [r, >= start + r] float64, what pools are to stand for; zero on and above the diagonal.
+            rest: [r, >= start + r], what pools are to stand for; zero on and above the diagonal. Added up in float64.
             weight: [r] > 0, the weight of each row in what the pools collect.
         """
+        rest = rest.double()
         stop = start + len(rest)
         self._shape[start:stop] = weight
         kinds = self._kinds[start:stop]

@@ -18,8 +18,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 8 * 2**20
-"""Budget for a block [r, N] of rows."""
+BLOCK_BYTES = {"cpu": 8 * 2**20, "other": 64 * 2**20}
+"""Budget for a block [r, N] of rows. What is made of a block takes ten times as much, and so bounds it."""
+
+BLOCK_ROWS = {"cpu": 256, "other": 1024}
+"""Most rows of a block: a GPU wants many, so that all of it works on one; of 256 rows at 8,000 tokens it is half."""
 
 TILE_BYTES = {"cpu": 4 * 2**20, "other": 128 * 2**20}
 """Budget for the scores [H, r, n] of a tile: in the cache of a CPU; other devices want fewer and larger tiles."""
@@ -27,10 +30,20 @@ TILE_BYTES = {"cpu": 4 * 2**20, "other": 128 * 2**20}
 TILE_ROWS, TILE_COLUMNS = 128, 64
 """Most rows and fewest columns of a tile: enough for a matrix product; and with few rows, little of it is future."""
 
-KEPT_BYTES = 64 * 2**20
-"""Budget for the blocks that `KeptRows` holds: all blocks of a trace of 5,700 tokens."""
+KEPT_BYTES = {"cpu": 64 * 2**20, "other": 512 * 2**20}
+"""Budget for the blocks that `KeptRows` holds: all blocks of a trace of 5,700 tokens; of 16,000 on other devices."""
 
 _LOG2_E = math.log2(math.e)  # scores are kept in powers of 2: on a CPU, 2**x takes a third of the time of e**x
+
+
+def of_device(budget: dict[str, int], device: torch.device) -> int:
+    """What one of the budgets above is on a device."""
+    return budget["cpu" if device.type == "cpu" else "other"]
+
+
+def rows_of_a_block(num_tokens: int, device: torch.device) -> int:
+    """How many rows a block of a trace of N tokens has, unless somebody says otherwise."""
+    return max(16, min(of_device(BLOCK_ROWS, device), of_device(BLOCK_BYTES, device) // (4 * num_tokens)))
 
 
 class RowBlock(NamedTuple):
@@ -59,6 +72,10 @@ class BlockedRows(ABC):
     """The first row of every block."""
     backend = "torch"
     """What computes on blocks: "torch", or "triton"; see `AttentionRows`."""
+    device = torch.device("cpu")
+    """Where blocks lie."""
+    dtype = torch.float32
+    """Of their numbers."""
 
     @abstractmethod
     def block(self, start: int) -> RowBlock:
@@ -66,6 +83,36 @@ class BlockedRows(ABC):
 
     def blocks(self, last_first: bool = False) -> Iterator[RowBlock]:
         return map(self.block, reversed(self.starts) if last_first else self.starts)
+
+    # What exact mode needs of a block, for which kernels need not write it. These are their slow twins.
+
+    def square(self, start: int) -> Tensor:
+        """[r, r] the attention of the rows of a block among themselves: its last columns."""
+        return self.block(start).weight[:, start:]
+
+    def arriving(self, start: int, reach: Tensor) -> Tensor:
+        """[start] float64: what reach [r] float64 of a block's rows is to all tokens before it, `reach @ W`."""
+        return reach @ self.block(start).weight[:, :start].double()
+
+    def known(self, start: int, values: Tensor) -> Tensor:
+        """[V, r] float64: the sums of V values [V, start] float64 of the tokens before a block, `W @ value` each."""
+        return values @ self.block(start).weight[:, :start].double().mT
+
+    def solve(self, square: Tensor, right: Tensor, into: Tensor, out_of: Tensor, backward: bool) -> Tensor:
+        """`solve_square`."""
+        return solve_square(square.double(), right, into, out_of, backward)
+
+
+def solve_square(square: Tensor, right: Tensor, into: Tensor, out_of: Tensor, backward: bool) -> Tensor:
+    """The sweep within a block: x = right + T x, or right + T^T x, of T[k, i] = into(k) square[k, i] out_of(i), i < k.
+
+    Args:
+        square: [r, r] float64; what is on and above the diagonal doesn't count. right: [r] float64.
+        into, out_of: [r] bool. backward: with T^T.
+    """
+    system = -(square * into[:, None]).tril(-1) * out_of
+    system = system.mT if backward else system
+    return torch.linalg.solve_triangular(system, right[:, None], upper=backward, unitriangular=True)[:, 0]
 
 
 class DenseRows(BlockedRows):
@@ -80,6 +127,7 @@ class DenseRows(BlockedRows):
             raise ValueError(f"W must be a float matrix [N, N], got {list(W.shape)} {W.dtype}")
         self.W = W if W.dtype in (torch.float32, torch.float64) else W.float()
         self.num_tokens, self.starts = len(W), range(0, len(W), block)
+        self.device, self.dtype = self.W.device, self.W.dtype
 
     def block(self, start: int) -> RowBlock:
         rows = self.W[start : start + self.starts.step]
@@ -102,23 +150,46 @@ class KeptRows(BlockedRows):
 
     Args:
         rows: what to read; its blocks are handed on as they are.
-        budget_bytes: for all blocks that are kept.
+        budget_bytes: for all blocks that are kept; default: what `KEPT_BYTES` has for the device of the rows.
     """
 
-    def __init__(self, rows: BlockedRows, budget_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, rows: BlockedRows, budget_bytes: int | None = None) -> None:
         self.num_tokens, self.starts, self.backend = rows.num_tokens, rows.starts, rows.backend
-        self._rows, self._room = rows, budget_bytes
+        self.device, self.dtype = rows.device, rows.dtype
+        self._rows = rows
+        self._room = of_device(KEPT_BYTES, rows.device) if budget_bytes is None else budget_bytes
         self._kept: dict[int, RowBlock] = {}
 
     def block(self, start: int) -> RowBlock:
         if start in self._kept:
             return self._kept[start]
         block = self._rows.block(start)
-        size = block.weight.numel() * block.weight.element_size()
-        if size <= self._room:
+        if (size := self._size(start)) <= self._room:
             self._room -= size
             self._kept[start] = block
         return block
+
+    # Of a block that is kept, all that is asked for is made of it.
+
+    def square(self, start: int) -> Tensor:
+        return super().square(start) if self._keeps(start) else self._rows.square(start)
+
+    def arriving(self, start: int, reach: Tensor) -> Tensor:
+        return super().arriving(start, reach) if self._keeps(start) else self._rows.arriving(start, reach)
+
+    def known(self, start: int, values: Tensor) -> Tensor:
+        return super().known(start, values) if self._keeps(start) else self._rows.known(start, values)
+
+    def solve(self, square: Tensor, right: Tensor, into: Tensor, out_of: Tensor, backward: bool) -> Tensor:
+        return self._rows.solve(square, right, into, out_of, backward)
+
+    def _keeps(self, start: int) -> bool:
+        return start in self._kept or self._size(start) <= self._room
+
+    def _size(self, start: int) -> int:
+        """Bytes of a block."""
+        stop = min(start + self.starts.step, self.num_tokens)
+        return (stop - start) * stop * self.dtype.itemsize
 
 
 MaskTile = Callable[[Tensor, Tensor], Tensor]
@@ -209,7 +280,7 @@ class AttentionRows(BlockedRows):
             a few whole rows at a time. Where there are queries of the last tokens only, so are the blocks.
         positions: [N] where the tokens stand in the sequence that the model saw; windows and documents go by these.
             All is computed on their device; queries and keys may lie elsewhere.
-        block: rows per block; default: as many as `BLOCK_BYTES` holds, from 16 to 256.
+        block: rows per block; default: as many as `BLOCK_BYTES` holds, from 16 to `BLOCK_ROWS`.
         weights: "attention": the mean over all heads. "value_norm": attention counts by how much the head then writes,
             `a[k, i] * ||W_O^h v_i||` (Kobayashi et al. 2020, arXiv 2004.10102), summed over the heads of a layer,
             divided by the sum of the row, and then the mean over layers.
@@ -232,19 +303,20 @@ class AttentionRows(BlockedRows):
             raise ValueError(
                 'weights="value_norm" needs value_norm in every layer: capture or record them with values=True'
             )
-        self._dtype = torch.float64 if layers[0].query.dtype == torch.float64 else torch.float32
-        self.backend = choose_backend(backend, positions.device, self._dtype)
+        self.dtype = torch.float64 if layers[0].query.dtype == torch.float64 else torch.float32
+        self.device = positions.device
+        self.backend = choose_backend(backend, self.device, self.dtype)
         self._layers, self._positions, self._weights = layers, positions, weights
         self.num_tokens = N = layers[0].key.shape[1]
-        self.starts = range(N - layers[0].query.shape[1], N, block or max(16, min(256, BLOCK_BYTES // (4 * N))))
+        self.starts = range(N - layers[0].query.shape[1], N, block or rows_of_a_block(N, self.device))
 
     @torch.no_grad()
     def block(self, start: int) -> RowBlock:
-        stop = min(start + self.starts.step, self.num_tokens)
+        stop = self._stop(start)
         if self.backend == "triton":
             return RowBlock(start, self._kernels.rows(start, stop))
         by_value = self._weights == "value_norm"
-        block = torch.zeros(stop - start, stop, dtype=self._dtype, device=self._positions.device)
+        block = torch.zeros(stop - start, stop, dtype=self.dtype, device=self._positions.device)
         scratch = _Scratch(block)
         hidden: dict[MaskTile | None, Tensor | None] = {}
         for layer in self._layers:
@@ -260,12 +332,43 @@ class AttentionRows(BlockedRows):
         parts = len(self._layers) if by_value else sum(len(layer.query) for layer in self._layers)
         return RowBlock(start, block.div_(parts))
 
+    @torch.no_grad()
+    def square(self, start: int) -> Tensor:
+        if self.backend != "triton":
+            return super().square(start)
+        square: Tensor = self._kernels.rows(start, self._stop(start), low=start)
+        return square
+
+    @torch.no_grad()
+    def arriving(self, start: int, reach: Tensor) -> Tensor:
+        if self.backend != "triton":
+            return super().arriving(start, reach)
+        arriving: Tensor = self._kernels.arriving(start, reach)
+        return arriving
+
+    @torch.no_grad()
+    def known(self, start: int, values: Tensor) -> Tensor:
+        if self.backend != "triton":
+            return super().known(start, values)
+        known: Tensor = self._kernels.known(start, self._stop(start), values)
+        return known
+
+    @torch.no_grad()
+    def solve(self, square: Tensor, right: Tensor, into: Tensor, out_of: Tensor, backward: bool) -> Tensor:
+        if self.backend != "triton":
+            return super().solve(square, right, into, out_of, backward)
+        solved: Tensor = self._kernels.solve(square, right, into, out_of, backward)
+        return solved
+
+    def _stop(self, start: int) -> int:
+        return min(start + self.starts.step, self.num_tokens)
+
     @cached_property
     def _kernels(self) -> Any:
-        """A `TritonRows`."""
-        from flowgraph.triton_rows import TritonRows
+        """A `TritonSweeps`."""
+        from flowgraph.triton_sweeps import TritonSweeps
 
-        return TritonRows(self._layers, self._positions, by_value=self._weights == "value_norm")
+        return TritonSweeps(self._layers, self._positions, by_value=self._weights == "value_norm")
 
     @torch.no_grad()
     def heads(self, tokens: Sequence[int]) -> Iterator[list[Tensor]]:
@@ -278,7 +381,7 @@ class AttentionRows(BlockedRows):
                 raise ValueError(f"tokens holds {token}, the trace has tokens 0..{self.num_tokens - 1}")
             rows = []
             for layer in self._layers:
-                scratch = _Scratch(torch.empty(0, dtype=self._dtype, device=self._positions.device))
+                scratch = _Scratch(torch.empty(0, dtype=self.dtype, device=self._positions.device))
                 scores = _scores(layer, _queries(layer, token, token + 1, scratch.like), 0, token + 1, None, scratch)
                 hidden = self._hidden(layer.visible, token, token + 1)
                 rows.append(_softmax(_hide(scores, -torch.inf, token, hidden), layer.sink_logits)[:, 0])
@@ -328,7 +431,7 @@ def add_attention(
     """
     r, stop = block.shape
     start = stop - r
-    budget = TILE_BYTES["cpu" if block.device.type == "cpu" else "other"] // (len(layer.query) * block.element_size())
+    budget = of_device(TILE_BYTES, block.device) // (len(layer.query) * block.element_size())
     # Before `first` no row of the block sees anything: most of a trace, where there is a sliding window.
     first = 0 if hidden is None else int((~hidden).any(0).int().argmax())
     if layer.log_sum is None:  # softmax needs whole rows

@@ -15,7 +15,9 @@ Shapes: N tokens, E edges, r rows of a block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +27,8 @@ from flowgraph.certificate import Witnesses
 from flowgraph.exact import check_reach, descend
 from flowgraph.graph import TokenGraph, closed_tokens, flow_masks
 from flowgraph.pools import PoolBuilder
-from flowgraph.rows import Rows
-from flowgraph.sparsify import EdgeRule, Edges, Threshold, check_weights
+from flowgraph.rows import BlockedRows, Rows
+from flowgraph.sparsify import EdgeRule, Edges, Threshold, TopK, check_weights
 
 DEFAULT_RULE = Threshold(1 / 256)
 """About 25 edges per token in real traces. Credits hardly depend on it: pools carry what it leaves."""
@@ -69,9 +71,48 @@ def sparse_graph(
     # Prompt and response, and the two halves of the prompt: within each, flow per reach varies less.
     end = int(prompt_mask.nonzero()[-1]) + 1 if prompt_mask.any() else 0
     cuts = sorted({cut for cut in (end // 2, end) if 0 < cut < N})
-    once = getattr(rows, "once", False)
-    builder = PoolBuilder(N, cuts, answer_mask.long() if once else None, device)
-    weighed = (_weigh_by_what_follows if once else _weigh_by_reach)(rows, answer_mask, closed)
+    once, kernels = getattr(rows, "once", False), getattr(rows, "backend", "torch") == "triton"
+    builder = _builder(kernels)(N, cuts, answer_mask.long() if once else None, device)
+    threshold = _threshold(rule) if kernels else None
+    reach = torch.zeros(N, dtype=torch.float64, device=device)
+    if once:
+        weighed = _weigh_by_what_follows(rows, answer_mask, closed)
+    elif threshold is not None and isinstance(rows, BlockedRows):
+        weighed = _weigh_by_reach_in_kernels(rows, answer_mask, closed, reach)
+    else:
+        weighed = _weigh_by_reach(rows, answer_mask, closed, reach)
+    if threshold is None:
+        listed = _list_edges(weighed, rule, builder, witnesses)
+    else:
+        listed = _list_above(weighed, threshold, builder, witnesses, rows)
+    check_reach(reach)
+    listed = replace(listed, rule=f"{rule}, the rest in pools")
+    return TokenGraph.from_sparse(listed, pools=builder.pools(listed.edge_weight.dtype), **roles | masks)
+
+
+_Weighed = Iterator[tuple[int, Tensor, Tensor]]
+"""The first row of a block; the block; [r] float64 > 0, how much each of its rows counts in the pools."""
+
+
+def _builder(kernels: bool) -> Any:
+    if not kernels:
+        return PoolBuilder
+    from flowgraph.triton_pools import TritonPools
+
+    return TritonPools
+
+
+def _threshold(rule: EdgeRule) -> float | None:
+    """Edges are what is above this; None for rules that are not so simple."""
+    if isinstance(rule, Threshold) and rule.cap is None:
+        return rule.value
+    return math.inf if rule == TopK(0) else None
+
+
+# --- edges, and the rest to the pools ---------------------------------------------------------------------------------
+
+
+def _list_edges(weighed: _Weighed, rule: EdgeRule, builder: Any, witnesses: Witnesses | None) -> Edges:
     parts: list[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     for start, block, weight in weighed:
         past = block.tril(start - 1)
@@ -81,29 +122,56 @@ def sparse_graph(
         row, source = keep.nonzero(as_tuple=True)
         rest = past.masked_fill(keep, 0)
         parts.append((start, source, row + start, block[row, source], block.diagonal(start).clone(), rest.sum(-1)))
-        builder.add(start, rest.double(), weight)
+        builder.add(start, rest, weight)
     parts.sort(key=lambda part: part[0])
     source, target, kept, selves, losses = (torch.cat(column) for column in list(zip(*parts, strict=True))[1:])
-    listed = Edges(
-        edge_index=torch.stack([source, target]),
-        edge_weight=kept,
-        self_weight=selves,
-        dropped=losses,
-        rule=f"{rule}, the rest in pools",
-    )
-    return TokenGraph.from_sparse(listed, pools=builder.pools(listed.edge_weight.dtype), **roles | masks)
+    return Edges(torch.stack([source, target]), kept, selves, losses, "")
 
 
-_Weighed = Iterator[tuple[int, Tensor, Tensor]]
-"""The first row of a block; the block; [r] float64 > 0, how much each of its rows counts in the pools."""
+def _list_above(weighed: _Weighed, threshold: float, builder: Any, witnesses: Witnesses | None, rows: Rows) -> Edges:
+    """`_list_edges` by kernels, for which the host doesn't wait between blocks and no block is written again.
+
+    The check of weights comes last, and of `rows` only if it fails.
+    """
+    from flowgraph.triton_rows import Above
+
+    above: Above | None = None
+    for start, block, weight in weighed:
+        if witnesses is not None:
+            witnesses.see(start, block.tril(start - 1))
+        above = Above(builder.num_tokens, threshold, block.device) if above is None else above
+        above.take(start, block)
+        builder.add(start, block, weight, threshold)
+    assert above is not None
+    kept = above.kept()
+    if kept.wrong is not None:
+        for start, block in rows.blocks(last_first=True):
+            check_weights(block, start)
+    return Edges(torch.stack([kept.source, kept.target]), kept.weight, kept.self_weight, kept.dropped, "")
 
 
-def _weigh_by_reach(rows: Rows, sinks: Tensor, closed: Tensor) -> _Weighed:
-    reach = torch.zeros(rows.num_tokens, dtype=torch.float64, device=sinks.device)
+# --- how much a row counts in the pools -------------------------------------------------------------------------------
+
+
+def _weigh_by_reach(rows: Rows, sinks: Tensor, closed: Tensor, reach: Tensor) -> _Weighed:
+    """Fills in reach [N] on the way."""
     for start, block, _ in descend(rows, sinks, closed, reach):
         stop = start + len(block)
         yield start, block, (reach[start:stop] * ~closed[start:stop]).clamp(min=_LEAST)
-    check_reach(reach)
+
+
+def _weigh_by_reach_in_kernels(rows: BlockedRows, sinks: Tensor, closed: Tensor, reach: Tensor) -> _Weighed:
+    """`_weigh_by_reach`, less the check of weights."""
+    from flowgraph.triton_pools import add_arriving
+
+    arriving, into, out_of = torch.zeros_like(reach), (~closed).double(), (~sinks).double()
+    for start, block in rows.blocks(last_first=True):
+        here = slice(start, start + len(block))
+        right = torch.where(sinks[here], 1.0, arriving[here])
+        reach[here] = rows.solve(block[:, start:], right, into[here], out_of[here], backward=True)
+        passed = reach[here] * into[here]
+        add_arriving(arriving, start, block, passed)
+        yield start, block, passed.clamp(min=_LEAST)
 
 
 def _weigh_by_what_follows(rows: Rows, sinks: Tensor, closed: Tensor) -> _Weighed:

@@ -46,14 +46,16 @@ class Threshold:
 
 @dataclass(frozen=True)
 class TopK:
-    """The `k` heaviest edges into each token."""
+    """The `k` heaviest edges into each token; 0: no edges."""
 
     k: int
 
     def __post_init__(self) -> None:
-        _check_count("k", self.k)
+        _check_count("k", self.k, least=0)
 
     def keep(self, weight: Tensor) -> Tensor:
+        if self.k == 0:
+            return torch.zeros_like(weight, dtype=torch.bool)
         return _cap(weight, weight > 0, self.k)
 
     def __str__(self) -> str:
@@ -111,9 +113,11 @@ def sparsify(rows: Rows, rule: EdgeRule | None = None) -> Edges:
     """Read `rows` once, block by block, and keep the edges that `rule` chooses (default: `default_rule`).
 
     Raises:
-        ValueError: a weight is NaN, infinite or negative; names the row and column.
+        ValueError: a weight is NaN, infinite or negative; names the row and column. Or the rule keeps nothing ever.
     """
     rule = default_rule(rows.num_tokens) if rule is None else rule
+    if rule == TopK(0):
+        raise ValueError('edges=TopK(0) keeps no edge, and flow needs some: it is for modes "exact" and "sparse"')
     if getattr(rows, "backend", "torch") == "triton" and isinstance(rule, Threshold) and rule.cap is None:
         return _above(rows, rule)
     sources: list[Tensor] = []
@@ -152,10 +156,15 @@ def _above(rows: Rows, rule: Threshold) -> Edges:
     return Edges(edge_index, kept.weight, kept.self_weight, kept.dropped, str(rule))
 
 
+def is_wrong(block: Tensor) -> Tensor:
+    """[] bool: is any weight NaN, infinite or negative?"""
+    least, most = block.aminmax()
+    return ~((least >= 0) & (most < torch.inf))  # NaN is neither
+
+
 def check_weights(block: Tensor, start: int) -> None:
     """Raise a ValueError that names the first NaN, infinite or negative weight of rows `start ..`."""
-    least, most = block.aminmax()
-    if not (least >= 0 and most < torch.inf):  # NaN is neither
+    if is_wrong(block):
         row, column = (int(x) for x in (~((block >= 0) & (block < torch.inf))).nonzero()[0])
         raise _wrong_weight(start + row, column, float(block[row, column]))
 
@@ -184,6 +193,6 @@ def _cap_text(cap: int | None) -> str:
     return "" if cap is None else f", at most {cap} per token"
 
 
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+def _check_count(name: str, value: int | None, least: int = 1) -> None:
+    if value is not None and (not isinstance(value, int) or value < least):
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flowgraph.capture import Capture, Layers, choose_layers, name_of
 from flowgraph.chunks import Store, check_chunk, passes
 from flowgraph.interface import Recorder, device_of, model_inputs, softmax_layers_of, unwrap
-from flowgraph.rows import RowBlock, check_backend, check_kind
+from flowgraph.rows import RowBlock, check_kind, choose_backend
 
 
 class StreamedRows:
@@ -27,6 +27,7 @@ class StreamedRows:
     Attributes:
         model: name of the model. layers: the numbers of the chosen layers, ascending. num_tokens: N.
         device: where the model takes its tokens. dtype: of the rows, float32 or float64.
+        backend: what computes them, "torch" or "triton".
     """
 
     once = True
@@ -49,7 +50,7 @@ class StreamedRows:
         self.dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
         self._model, self._inputs = model, inputs
         self._chunk, self._weights, self._offload, self._block = chunk, weights, offload, block
-        self._backend = backend
+        self.backend = choose_backend(backend, self.device, self.dtype)
         self._read = False
 
     def blocks(self, last_first: bool = False) -> Iterator[RowBlock]:
@@ -77,7 +78,7 @@ class StreamedRows:
             kept = store.join(chunk)
             queries = Capture(self.model, self.layers, [kept[layer] for layer in self.layers], _place=store.device)
             places = torch.arange(chunk.stop)
-            rows = queries.rows(0, places, self._block, weights=self._weights, backend=self._backend)
+            rows = queries.rows(0, places, self._block, weights=self._weights, backend=self.backend)
             for start, weight in rows.blocks():
                 yield RowBlock(start, weight.to(self.device))
             del kept, queries, rows  # or the next chunk would keep the keys twice
@@ -120,7 +121,6 @@ def stream(
     if input_ids.dim() != 2 or len(input_ids) != 1 or not input_ids.shape[1]:
         raise ValueError(f"input_ids must be one trace [1, N], got {list(input_ids.shape)}; read traces one by one")
     check_kind(weights)
-    check_backend(backend)
     model = unwrap(model)
     input_ids = input_ids.to(device_of(model))
     chosen = choose_layers(softmax_layers_of(model, input_ids), layers)

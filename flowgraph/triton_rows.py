@@ -1,12 +1,15 @@
 """Attention rows, and the edges in them, by Triton kernels: for GPUs, straight from queries and keys.
 
-`flowgraph.rows.AttentionRows(backend="triton")` and `flowgraph.sparsify.sparsify` call what is here. Three kernels:
+`flowgraph.rows.AttentionRows(backend="triton")` and `flowgraph.sparsify.sparsify` call what is here; the products of
+rows with a vector, for exact mode, are in `flowgraph.triton_sweeps` and made of the same tiles. Three kernels:
 
     rows      one program per tile [rows, columns] of the mean. It goes through all layers and heads with the sum of
               their attention in registers, `2 ** (scores - log-sum-exp)` each, and writes the mean: no score is ever
               stored. The tile of keys is held while the query heads that share it go by.
     log-sum   one program per head and tile of rows, which it holds while the keys go by. For layers whose own kernel
-              gave no log-sum-exp: soft caps, sinks, eager attention, traces that are part of what the model saw.
+              gave no log-sum-exp: soft caps, sinks, eager attention, traces that are part of what the model saw. With
+              value norms it adds up `2 ** score * norm` too, and what a row of a layer sums to by value is taken off
+              the log-sum-exp: from there on, rows by value are rows like any other.
     keep      one program per tile of rows: from the left to the right, what is above the threshold goes to the next
               free place of its row. Rows sum to 1 at most, so that floor(1 / threshold) places are always enough; the
               columns come out sorted.
@@ -95,13 +98,14 @@ def _score_tile(query, key, scale, cap, HAS_CAP: tl.constexpr, MULTIPLY: tl.cons
     return scores
 
 
-@triton.jit(do_not_specialize=["start", "stop", "before", "num_layers"])
-def _rows_kernel(  # type: ignore[no-untyped-def]
-    out,  # [r, stop] float32
+@triton.jit
+def mean_tile(  # type: ignore[no-untyped-def]
     table,  # [L, 4] int64: where query, key, log_sum and value_norm of each layer are
     first,  # [n] int32: the first key that each query sees
-    start,
-    stop,
+    row_low,
+    column_low,
+    row_stop,
+    column_stop,
     before,  # tokens before the first query
     num_layers,
     share,  # what the sum over heads is multiplied by
@@ -119,7 +123,6 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     HAS_CAP: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    ADD: tl.constexpr,  # to what is in `out`; else all of it is written
     DTYPE: tl.constexpr,
     MULTIPLY: tl.constexpr,  # dtype of the product's factors
     ALIGN: tl.constexpr,  # bytes that all addresses in the table are multiples of
@@ -127,16 +130,19 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Programs that run at the same time share their keys.
-    rows = start + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row_exists, column_exists = rows < stop, columns < stop
-    seen = columns[None, :] <= rows[:, None]
-    works = tl.program_id(1) * BLOCK_C < start + (tl.program_id(0) + 1) * BLOCK_R
+    """The attention of rows row_low .. to columns column_low .., times `share`; 0 outside of both stops.
+
+    Returns the tile [BLOCK_R, BLOCK_C] float32, and whether anything in it can be but 0.
+    """
+    rows = row_low + tl.arange(0, BLOCK_R)
+    columns = column_low + tl.arange(0, BLOCK_C)
+    row_exists, column_exists = rows < row_stop, columns < column_stop
+    seen = (columns[None, :] <= rows[:, None]) & row_exists[:, None] & column_exists[None, :]
+    works = column_low < row_low + BLOCK_R
     if HAS_FIRST:
-        begin = tl.load(first + (rows - before), mask=row_exists, other=stop)
+        begin = tl.load(first + (rows - before), mask=row_exists, other=row_stop)
         seen = seen & (columns[None, :] >= begin[:, None])
-        works = works & ((tl.program_id(1) + 1) * BLOCK_C > tl.min(begin, 0))
+        works = works & (column_low + BLOCK_C > tl.min(begin, 0))
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     if works:
         for step in range(num_layers * KEY_HEADS):
@@ -161,9 +167,53 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
                     weight *= norm[None, :]
                 total += weight
     # Hidden only now, in the sum over heads, since a known log-sum-exp doesn't ask what else was in the row.
-    total = tl.where(seen, total * share, 0.0)
-    places = out + (rows[:, None] - start).to(tl.int64) * stop + columns[None, :]
-    exists = row_exists[:, None] & column_exists[None, :]
+    return tl.where(seen, total * share, 0.0), works
+
+
+@triton.jit(do_not_specialize=["start", "stop", "low", "before", "num_layers"])
+def _rows_kernel(  # type: ignore[no-untyped-def]
+    out,  # [r, stop - low] float32
+    start,
+    stop,
+    low,  # the first column
+    # As `mean_tile` has them.
+    table,
+    first,
+    before,
+    num_layers,
+    share,
+    scale,
+    cap,
+    query_head,
+    query_row,
+    key_head,
+    key_row,
+    log_sum_head,
+    norm_head,
+    D,
+    KEY_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MULTIPLY: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr,  # to what is in `out`; else all of it is written
+):
+    # Programs that run at the same time share their keys.
+    row_low, column_low = start + tl.program_id(0) * BLOCK_R, low + tl.program_id(1) * BLOCK_C
+    total, works = mean_tile(
+        table, first, row_low, column_low, stop, stop, before, num_layers, share, scale, cap, query_head, query_row,
+        key_head, key_row, log_sum_head, norm_head, D, KEY_HEADS, GROUP, HAS_CAP, HAS_FIRST, HAS_NORM, DTYPE, MULTIPLY,
+        ALIGN, BLOCK_R, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
+    rows, columns = row_low + tl.arange(0, BLOCK_R), column_low + tl.arange(0, BLOCK_C)
+    places = out + (rows[:, None] - start).to(tl.int64) * (stop - low) + (columns[None, :] - low)
+    exists = (rows < stop)[:, None] & (columns < stop)[None, :]
     if ADD:
         if works:
             tl.store(places, tl.load(places, mask=exists, other=0.0) + total, mask=exists)
@@ -174,8 +224,10 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["num_queries", "before"])
 def _log_sum_kernel(  # type: ignore[no-untyped-def]
     out,  # [H, n] float32: natural logarithm
+    by_value,  # [H, n] float32: that of the sum of 2 ** score * norm
     query,
     key,
+    norm,  # [H, N] float32
     first,
     num_queries,  # n
     before,
@@ -185,10 +237,12 @@ def _log_sum_kernel(  # type: ignore[no-untyped-def]
     query_row,
     key_head,
     key_row,
+    norm_head,
     D,
     GROUP: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     MULTIPLY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -206,6 +260,7 @@ def _log_sum_kernel(  # type: ignore[no-untyped-def]
         begin = tl.load(first + rows, mask=row_exists, other=stop)
     most = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
+    valued = tl.zeros([BLOCK_R], tl.float32)
     for low in range(tl.min(begin, 0) // BLOCK_C * BLOCK_C, stop, BLOCK_C):
         columns = low + tl.arange(0, BLOCK_C)
         keys = _key_tile(key, head // GROUP, columns, columns < stop, key_head, key_row, D, BLOCK_D)
@@ -214,10 +269,17 @@ def _log_sum_kernel(  # type: ignore[no-untyped-def]
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
-        total = total * tl.exp2(most - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
+        power = tl.exp2(scores - base[:, None])
+        total = total * tl.exp2(most - base) + tl.sum(power, 1)
+        if HAS_NORM:
+            norms = tl.load(norm + head.to(tl.int64) * norm_head + columns, mask=columns < stop, other=0.0)
+            valued = valued * tl.exp2(most - base) + tl.sum(power * norms[None, :], 1)
         most = higher
     base = tl.where(most == float("-inf"), 0.0, most)
-    tl.store(out + head.to(tl.int64) * num_queries + rows, (base + tl.log2(total)) / _LOG2_E, mask=row_exists)
+    places = head.to(tl.int64) * num_queries + rows
+    tl.store(out + places, (base + tl.log2(total)) / _LOG2_E, mask=row_exists)
+    if HAS_NORM:
+        tl.store(by_value + places, (base + tl.log2(valued)) / _LOG2_E, mask=row_exists)
 
 
 @triton.jit(do_not_specialize=["start", "stop", "num_tokens", "capacity"])
@@ -277,7 +339,7 @@ def _keep_kernel(  # type: ignore[no-untyped-def]
 INTERPRETED = not isinstance(_rows_kernel, triton.JITFunction)
 """Does Triton's interpreter run the kernels? (`TRITON_INTERPRET=1`, set before triton is imported.)"""
 
-_COMPILED: dict[str, Any] = {"enable_fp_fusion": True}
+COMPILED: dict[str, Any] = {"enable_fp_fusion": True}
 """Said and not left to the version of Triton, of which each has its own default."""
 
 KEEP_ROWS, KEEP_COLUMNS = 4, 256
@@ -309,7 +371,7 @@ def tile_for(rows: int, head_size: int, dtype: torch.dtype) -> Tile:
     return Tile(height, 128 if head_size <= 128 else 64, 4, 2)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -351,21 +413,63 @@ def first_seen(visible: Callable[[Tensor, Tensor], Tensor], positions: Tensor, b
     return first.int()
 
 
-class _Launch(NamedTuple):
+class Launch(NamedTuple):
     """Layers that are alike in all but their addresses, for one launch.
 
     Attributes:
         layers: their query [H, n, D], key [K, N, D], log_sum [H, n] and value_norm [H, N] (or none), which have to live
             as long as the table. table: [L, 4] int64, their addresses. first: [n] int32 or None.
+        before: tokens before the first query.
     """
 
     layers: list[_Placed]
     table: Tensor
     first: Tensor | None
+    before: int
+
+    def arguments(self, share: float) -> tuple[Any, ...]:
+        """What `mean_tile` takes from `table` on, up to its constants, less the edges of the tile."""
+        layer, first = self.layers[0], self.table if self.first is None else self.first
+        strides = (*layer.query.stride()[:2], *layer.key.stride()[:2], layer.log_sum.stride(0))
+        norm = 0 if layer.value_norm is None else layer.value_norm.stride(0)
+        return self.table, first, self.before, len(self.layers), share, *layer.scores, *strides, norm, self.head_size
+
+    def constants(self, tile: Tile) -> dict[str, Any]:
+        """The constants of `mean_tile`, and how the programs run."""
+        layer = self.layers[0]
+        addresses = [x.data_ptr() for one in self.layers for x in (one.query, one.key)]
+        return {
+            "KEY_HEADS": len(layer.key),
+            "GROUP": len(layer.query) // len(layer.key),
+            "HAS_CAP": layer.softcap is not None,
+            "HAS_FIRST": self.first is not None,
+            "HAS_NORM": layer.value_norm is not None,
+            "DTYPE": _DTYPES[layer.query.dtype],
+            "MULTIPLY": _factors(layer.query.dtype),
+            "ALIGN": math.gcd(16, *addresses),
+            "BLOCK_R": tile.rows,
+            "BLOCK_C": tile.columns,
+            "BLOCK_D": max(16, triton.next_power_of_2(self.head_size)),
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+            **COMPILED,
+        }
+
+    def tile(self, rows: int) -> Tile:
+        """For a block of so many rows."""
+        return tile_for(rows, self.head_size, self.layers[0].query.dtype)
+
+    @property
+    def head_size(self) -> int:
+        return self.layers[0].query.shape[-1]
 
 
 class _Placed(NamedTuple):
-    """One layer on the device of the kernels."""
+    """One layer on the device of the kernels.
+
+    Attributes:
+        log_sum: [H, n] float32; by value, with the logarithm added of what a row of the layer sums to.
+    """
 
     query: Tensor
     key: Tensor
@@ -390,8 +494,8 @@ class TritonRows:
     """Rows of the head-averaged attention of some layers, as `flowgraph.rows.AttentionRows` defines them.
 
     Queries and keys that lie on the device are read where they are. Those that lie elsewhere come layer by layer with
-    every block. Where the log-sum-exp is missing, it is worked out first: once, and kept, [H, n] float32 per layer (of
-    layers that lie elsewhere, with every block).
+    every block. Where the log-sum-exp is missing, or rows are by value, it is worked out first: once, and kept, [H, n]
+    float32 per layer (of layers that lie elsewhere, with every block).
 
     Args:
         layers: all of one trace, bfloat16, float16 or float32. positions: [N], on the device to compute on.
@@ -402,71 +506,66 @@ class TritonRows:
     """
 
     def __init__(self, layers: Sequence[Layer], positions: Tensor, by_value: bool) -> None:
-        self._layers, self._device, self._by_value = layers, positions.device, by_value
+        self.device, self._by_value = positions.device, by_value
         self._before = layers[0].key.shape[1] - layers[0].query.shape[1]
         self._first = {
             visible: None if visible is None else first_seen(visible, positions, self._before)
             for visible in {layer.visible for layer in layers}
         }
-        # Rows by value are normalised layer by layer.
+        # By value, rows of a layer are already divided by their sum.
+        self.share = 1 / (len(layers) if by_value else sum(len(layer.query) for layer in layers))
         alike: dict[Any, list[int]] = {}
         placed: dict[int, _Placed] = {}
         for number, layer in enumerate(layers):
             if not self._is_here(layer):
                 continue
             placed[number] = self._place(layer, layer.query, layer.key, layer.log_sum, self._before)
-            key = number if by_value else (placed[number].kind(), layer.visible)
-            alike.setdefault(key, []).append(number)
+            alike.setdefault((placed[number].kind(), layer.visible), []).append(number)
         self._launches = [
-            _launch([placed[number] for number in numbers], self._first[layers[numbers[0]].visible])
+            _launch([placed[number] for number in numbers], self._first[layers[numbers[0]].visible], self._before)
             for numbers in alike.values()
         ]
         self._elsewhere = [layer for layer in layers if not self._is_here(layer)]
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """[stop - start, stop] float32: rows start .. stop - 1 of `W`."""
-        out = torch.empty(stop - start, stop, dtype=torch.float32, device=self._device)
-        share = 1 / (len(self._layers) if self._by_value else sum(len(layer.query) for layer in self._layers))
-        is_first = True
-        own = torch.empty_like(out) if self._by_value else None
-        for launch, before in self._launches_for(start, stop):
-            if own is None:
-                _add_rows(out, launch, start, before, share, add=not is_first)
-            else:
-                _add_rows(own, launch, start, before, 1.0, add=False)
-                # A row that sees nothing but values of norm 0 stays 0.
-                own *= share / own.sum(-1, keepdim=True).clamp_(min=torch.finfo(own.dtype).tiny)
-                out = own.clone() if is_first else out.add_(own)
-            is_first = False
+    def rows(self, start: int, stop: int, low: int = 0) -> Tensor:
+        """[stop - start, stop - low] float32: rows start .. stop - 1 of `W`, from column `low` on."""
+        out = torch.empty(stop - start, stop - low, dtype=torch.float32, device=self.device)
+        for number, launch in enumerate(self.launches(start, stop)):
+            _add_rows(out, launch, start, low, self.share, add=number > 0)
         return out
 
-    def _launches_for(self, start: int, stop: int) -> Iterable[tuple[_Launch, int]]:
-        """The launches of a block, with the number of tokens before their first query."""
-        for launch in self._launches:
-            yield launch, self._before
+    def launches(self, start: int, stop: int) -> Iterable[Launch]:
+        """What rows start .. stop - 1 are made of."""
+        yield from self._launches
         for layer in self._elsewhere:
             rows = slice(start - self._before, stop - self._before)
             log_sum = None if layer.log_sum is None else layer.log_sum[:, rows]
             first = self._first[layer.visible]
             first = None if first is None else first[rows]
             placed = self._place(layer, layer.query[:, rows], layer.key[:, :stop], log_sum, start)
-            yield _launch([placed], first), start
+            yield _launch([placed], first, start)
 
     def _is_here(self, layer: Layer) -> bool:
-        return layer.query.device == self._device == layer.key.device
+        return layer.query.device == self.device == layer.key.device
 
     def _place(self, layer: Layer, query: Tensor, key: Tensor, log_sum: Tensor | None, before: int) -> _Placed:
         """A layer, or some rows of one, on the device and as the kernels read it."""
         dtype = torch.promote_types(query.dtype, key.dtype)
-        query, key = (_with_rows(x.to(self._device, dtype)) for x in (query, key))
-        if log_sum is None:
+        query, key = (_with_rows(x.to(self.device, dtype)) for x in (query, key))
+        norm = layer.value_norm if self._by_value else None
+        norm = None if norm is None else _with_rows(norm.to(self.device, torch.float32))
+        if log_sum is not None:
+            log_sum = log_sum.to(self.device, torch.float32)
+        if log_sum is None or norm is not None:
             first = self._first[layer.visible]
             first = None if first is None else first[before - self._before :][: query.shape[1]]
-            log_sum = log_sums(query, key, layer.scaling, layer.softcap, layer.sink_logits, first)
-        norm = layer.value_norm if self._by_value else None
-        norm = None if norm is None else _with_rows(norm.to(self._device, torch.float32))
-        log_sum = _with_rows(log_sum.to(self._device, torch.float32))
-        return _Placed(query, key, layer.scaling, layer.softcap, log_sum, norm)
+            own, valued = log_sums(query, key, layer.scaling, layer.softcap, layer.sink_logits, first, norm)
+            log_sum = own if log_sum is None else log_sum
+            if valued is not None:
+                # A row that sees nothing but values of norm 0 stays 0.
+                by_value = (valued - log_sum).exp().sum(0).clamp(min=torch.finfo(torch.float32).tiny)
+                log_sum = log_sum + by_value.log()
+        return _Placed(query, key, layer.scaling, layer.softcap, _with_rows(log_sum), norm)
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -474,54 +573,20 @@ def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(layers: list[_Placed], first: Tensor | None) -> _Launch:
+def _launch(layers: list[_Placed], first: Tensor | None, before: int) -> Launch:
     addresses = [
         [0 if x is None else x.data_ptr() for x in (layer.query, layer.key, layer.log_sum, layer.value_norm)]
         for layer in layers
     ]
-    return _Launch(layers, torch.tensor(addresses, device=layers[0].query.device), first)
+    return Launch(layers, torch.tensor(addresses, device=layers[0].query.device), first, before)
 
 
-def _add_rows(out: Tensor, launch: _Launch, start: int, before: int, share: float, add: bool) -> None:
-    """Write the attention of some layers, summed over heads and times `share`, to out [r, stop], or add it."""
-    layer = launch.layers[0]
-    (r, stop), (H, _, D), K = out.shape, layer.query.shape, len(layer.key)
-    scale, cap = layer.scores
-    norm = layer.value_norm
-    tile = tile_for(r, D, layer.query.dtype)
-    addresses = [x.data_ptr() for one in launch.layers for x in (one.query, one.key)]
-    with _on(out.device):
-        _rows_kernel[triton.cdiv(r, tile.rows), triton.cdiv(stop, tile.columns)](
-            out,
-            launch.table,
-            launch.table if launch.first is None else launch.first,
-            start,
-            stop,
-            before,
-            len(launch.layers),
-            share,
-            scale,
-            cap,
-            *layer.query.stride()[:2],
-            *layer.key.stride()[:2],
-            layer.log_sum.stride(0),
-            0 if norm is None else norm.stride(0),
-            D,
-            KEY_HEADS=K,
-            GROUP=H // K,
-            HAS_CAP=layer.softcap is not None,
-            HAS_FIRST=launch.first is not None,
-            HAS_NORM=norm is not None,
-            ADD=add,
-            DTYPE=_DTYPES[layer.query.dtype],
-            MULTIPLY=_factors(layer.query.dtype),
-            ALIGN=math.gcd(16, *addresses),
-            BLOCK_R=tile.rows,
-            BLOCK_C=tile.columns,
-            BLOCK_D=max(16, triton.next_power_of_2(D)),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **_COMPILED,
+def _add_rows(out: Tensor, launch: Launch, start: int, low: int, share: float, add: bool) -> None:
+    """Write the attention of some layers, summed over heads and times `share`, to out [r, stop - low], or add it."""
+    (r, width), tile = out.shape, launch.tile(len(out))
+    with on_device(out.device):
+        _rows_kernel[triton.cdiv(r, tile.rows), triton.cdiv(width, tile.columns)](
+            out, start, start + r, low, *launch.arguments(share), **launch.constants(tile), ADD=add
         )
 
 
@@ -532,22 +597,30 @@ def log_sums(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     first: Tensor | None = None,
-) -> Tensor:
+    norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """[H, n] float32 log-sum-exp of the scores of each row, as `flowgraph.rows.LayerQK` defines `log_sum`.
 
     Args:
         query: [H, n, D], the last tokens. key: [K, N, D]; both with contiguous last dimension, on one device.
         sink_logits: [H] or None. first: [n] int32 the first key that each query sees, or None: all up to itself.
+        norm: [H, N] float32 value norms, or None.
+
+    Returns:
+        The log-sum-exp; and with norms, that of the scores with the norms of their keys as factors (sinks have none).
     """
     (H, n, D), (K, N, _) = query.shape, key.shape
     out = torch.empty(H, n, dtype=torch.float32, device=query.device)
+    by_value = None if norm is None else torch.empty_like(out)
     scale, cap = _scale_and_cap(scaling, softcap)
     tile = tile_for(n, D, query.dtype)
-    with _on(query.device):
+    with on_device(query.device):
         _log_sum_kernel[H, triton.cdiv(n, tile.rows)](
             out,
+            out if by_value is None else by_value,
             query,
             key,
+            out if norm is None else norm,
             query if first is None else first,
             n,
             N - n,
@@ -555,19 +628,21 @@ def log_sums(
             cap,
             *query.stride()[:2],
             *key.stride()[:2],
+            0 if norm is None else norm.stride(0),
             D,
             GROUP=H // K,
             HAS_CAP=softcap is not None,
             HAS_FIRST=first is not None,
+            HAS_NORM=norm is not None,
             MULTIPLY=_factors(query.dtype),
             BLOCK_R=tile.rows,
             BLOCK_C=tile.columns,
             BLOCK_D=max(16, triton.next_power_of_2(D)),
             num_warps=tile.warps,
             num_stages=tile.stages,
-            **_COMPILED,
+            **COMPILED,
         )
-    return out if sink_logits is None else torch.logaddexp(out, sink_logits.to(out)[:, None])
+    return (out if sink_logits is None else torch.logaddexp(out, sink_logits.to(out)[:, None])), by_value
 
 
 def _scale_and_cap(scaling: float, softcap: float | None) -> tuple[float, float]:
@@ -602,70 +677,91 @@ class Kept(NamedTuple):
     wrong: tuple[int, int, float] | None
 
 
-def keep_above(blocks: Iterable[tuple[int, Tensor]], num_tokens: int, threshold: float) -> Kept:
-    """Keep what is strictly above a threshold, below the diagonal. The host waits for the device once, at the end.
+class Above:
+    """Keeps what is strictly above a threshold, below the diagonal, of blocks in any order, each row once.
+
+    The host waits for the device once, for `kept`.
 
     Args:
-        blocks: (first row, [r, stop] float32) of consecutive rows from the first or from a later one on.
-        threshold: >= 0. C = floor(1 / threshold) + 1 places are held for each row (the one is for rounding), at most N:
-            8 C bytes per token.
-
-    Raises:
-        ValueError: a row keeps more than C, since it sums to more than 1.
+        num_tokens: N. threshold: >= 0. C = floor(1 / threshold) + 1 places are held for each row (the one is for
+            rounding), at most N: 8 C bytes per token.
     """
-    N = num_tokens
-    capacity = N if threshold * N <= 1 else math.floor(1 / threshold) + 1
-    buffers: list[Tensor] = []
-    begin = stop = 0
-    for start, block in blocks:
-        if not buffers:
-            begin = start
-            buffers = [
-                torch.empty(*shape, dtype=dtype, device=block.device)
-                for shape, dtype in (
-                    ((N, capacity), torch.int32),
-                    ((N, capacity), torch.float32),
-                    ((4, N), torch.float32),
-                    ((2, N), torch.int32),
-                )
-            ]
+
+    def __init__(self, num_tokens: int, threshold: float, device: torch.device) -> None:
+        self._threshold, self._begin, self._stop = threshold, num_tokens, 0
+        self._capacity = num_tokens if threshold * num_tokens <= 1 else math.floor(1 / threshold) + 1
+        self._buffers = [
+            torch.empty(*shape, dtype=dtype, device=device)
+            for shape, dtype in (
+                ((num_tokens, self._capacity), torch.int32),
+                ((num_tokens, self._capacity), torch.float32),
+                ((4, num_tokens), torch.float32),
+                ((2, num_tokens), torch.int32),
+            )
+        ]
+
+    def take(self, start: int, block: Tensor) -> None:
+        """Rows from `start` on; block [r, start + r] float32."""
         stop = start + len(block)
-        with _on(block.device):
+        self._begin, self._stop = min(self._begin, start), max(self._stop, stop)
+        with on_device(block.device):
             _keep_kernel[(triton.cdiv(len(block), KEEP_ROWS),)](
                 block,
-                *buffers,
+                *self._buffers,
                 start,
                 stop,
                 *block.stride(),
-                N,
-                capacity,
-                threshold,
+                self._buffers[2].shape[1],
+                self._capacity,
+                self._threshold,
                 BLOCK_R=KEEP_ROWS,
                 BLOCK_C=KEEP_COLUMNS,
                 num_warps=4,
-                **_COMPILED,
+                **COMPILED,
             )
-    columns, weights, sums, numbers = buffers
-    sums, (count, first_wrong) = sums[:, begin:], numbers[:, begin:].long()
-    wrong = None
-    if (first_wrong >= 0).any():
-        row = int((first_wrong >= 0).nonzero()[0])
-        wrong = row + begin, int(first_wrong[row]), float(sums[3, row])
-    elif (count > capacity).any():
-        row = int(count.argmax())
-        raise ValueError(
-            f"row {row + begin} of W has {int(count[row])} weights above {threshold:g}, more than fit into 1: "
-            "the attention weights of a row must sum to 1 at most"
+
+    def kept(self) -> Kept:
+        """Of all blocks, which together are consecutive rows.
+
+        Raises:
+            ValueError: a row keeps more than C, since it sums to more than 1.
+        """
+        rows = slice(self._begin, self._stop)
+        columns, weights, sums, numbers = self._buffers
+        columns, weights, sums, (count, first_wrong) = (
+            columns[rows],
+            weights[rows],
+            sums[:, rows],
+            numbers[:, rows].long(),
         )
-    count = count.clamp(max=capacity)
-    here = torch.arange(capacity, device=count.device) < count[:, None]
-    rows = torch.arange(begin, stop, device=count.device)
-    return Kept(
-        source=columns[begin:][here].long(),
-        target=rows.repeat_interleave(count),
-        weight=weights[begin:][here],
-        self_weight=sums[0],
-        kept=sums[1],
-        dropped=sums[2],
-        wrong=wrong,
-    )
+        wrong = None
+        if (first_wrong >= 0).any():
+            row = int((first_wrong >= 0).nonzero()[0])
+            wrong = row + self._begin, int(first_wrong[row]), float(sums[3, row])
+        elif (count > self._capacity).any():
+            row = int(count.argmax())
+            raise ValueError(
+                f"row {row + self._begin} of W has {int(count[row])} weights above {self._threshold:g}, more than fit "
+                "into 1: the attention weights of a row must sum to 1 at most"
+            )
+        count = count.clamp(max=self._capacity)
+        here = torch.arange(self._capacity, device=count.device) < count[:, None]
+        return Kept(
+            source=columns[here].long(),
+            target=torch.arange(self._begin, self._stop, device=count.device).repeat_interleave(count),
+            weight=weights[here],
+            self_weight=sums[0],
+            kept=sums[1],
+            dropped=sums[2],
+            wrong=wrong,
+        )
+
+
+def keep_above(blocks: Iterable[tuple[int, Tensor]], num_tokens: int, threshold: float) -> Kept:
+    """`Above` for blocks [r, stop] float32 that come one after the other. The host waits once, at the end."""
+    above: Above | None = None
+    for start, block in blocks:
+        above = Above(num_tokens, threshold, block.device) if above is None else above
+        above.take(start, block)
+    assert above is not None, "there are no rows"
+    return above.kept()

@@ -101,6 +101,32 @@ def test_what_is_rough_says_so() -> None:
     assert "experts" in plan(tiny("gpt_oss"), 100).rough
 
 
+def test_blocks_are_larger_and_more_of_them_kept_where_it_is_no_cpu(model: Any) -> None:
+    place: dict[str, Any] = {"device": "cuda"}
+    assert plan(model, 2000, Options(mode="sparse")).phases["rows"]["rows"] == 2000 * 256 * 42 + 4 * 2**20
+    assert plan(model, 2000, Options(mode="sparse"), **place).phases["rows"]["rows"] == 2000 * 1024 * 42 + 128 * 2**20
+    assert plan(model, LONG, Options(mode="exact")).phases["rows"]["rows read once"] == 64 * 2**20
+    assert plan(model, LONG, Options(mode="exact"), **place).phases["rows"]["rows read once"] == 512 * 2**20
+    for N in (8192, LONG, 4 * LONG):  # a block and all that is made of it stays below 1 GB
+        assert plan(model, N, Options(mode="exact"), **place).phases["rows"]["rows"] < 2**30 + 128 * 2**20
+
+
+def test_what_kernels_hold_is_counted(model: Any) -> None:
+    def rows(backend: str, **options: Any) -> dict[str, int]:
+        return plan(model, 8192, Options(backend=backend, **options), device="cuda").phases["rows"]
+
+    by_torch, by_kernel = (rows(backend, mode="sparse") for backend in ("torch", "triton"))
+    # Scores are never stored, and blocks are not copied; instead there is room for 257 edges of each token.
+    assert by_torch["rows"] - by_kernel["rows"] == 128 * 2**20 + (42 - 12) * 8192 * 1024
+    assert by_kernel["edges"] == 8 * 257 * 8192
+    exact = rows("triton", mode="exact")
+    assert exact["sums of tiles"] == 8 * (16 * 8192 + 2 * 64 * 1024)
+    assert rows("triton", mode="exact", edges=TopK(0))["rows"] == 8192 * 1024 * 12 < exact["rows"]
+    assert rows("triton", mode="edges", edges=Threshold(1 / 256))["edges"] == 8 * 257 * 8192
+    assert "log-sums" not in exact  # SDPA gives them
+    assert rows("triton", mode="exact", weights="value_norm")["log-sums"] == 4 * 4 * 2 * 8192  # 4 heads of 2 layers
+
+
 # --- what is chosen --------------------------------------------------------------------------------------------------
 
 

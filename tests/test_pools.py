@@ -97,6 +97,13 @@ def test_a_token_has_at_most_one_link_of_each_size_and_part() -> None:
     torch.testing.assert_close(shares, torch.ones_like(shares))
 
 
+def test_blocks_of_float32_are_added_up_in_float64() -> None:
+    R = torch.rand(200, 200, generator=torch.Generator().manual_seed(2)).tril(-1)
+    weight = torch.rand(200, dtype=torch.float64) + 1e-3
+    single, double = (build(one, weight, [70], torch.zeros(200).long(), 64) for one in (R, R.double()))
+    assert torch.equal(single.index, double.index) and torch.equal(single.weight, double.weight)
+
+
 def test_nothing_left_means_no_pools() -> None:
     zeros = torch.zeros(50, 50, dtype=torch.float64)
     pools = build(zeros, torch.ones(50, dtype=torch.float64), [10], torch.zeros(50).long(), 16)

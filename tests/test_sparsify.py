@@ -97,7 +97,7 @@ def test_rules_in_words() -> None:
         (lambda: Threshold(-0.1), r"Threshold value must be in \[0, 1\), got -0.1"),
         (lambda: Threshold(float("nan")), "Threshold value must be"),
         (lambda: Threshold(0.1, cap=0), "cap must be a whole number >= 1, got 0"),
-        (lambda: TopK(0), "k must be a whole number >= 1, got 0"),
+        (lambda: TopK(-1), "k must be a whole number >= 0, got -1"),
         (lambda: Mass(0.0), r"Mass share must be in \(0, 1\], got 0.0"),
         (lambda: Mass(0.5, cap=-1), "cap must be"),
     ],
