@@ -11,12 +11,15 @@ vector `v` [N] is carried, from the top layer down, and matrices come as blocks 
 
 Every score is float64 [N] on the CPU, at least 0. It is 0 everywhere if there are no sinks, or no answer.
 
-Shapes: N tokens of one trace (no pads), L layers, H query heads, K key heads, D head size of the values, C width of the
-residual stream, r rows and n columns of a block.
+Most of the time goes into the matrices, and several sets of sinks share them: sinks [S, N] give scores [S, N].
+
+Shapes: N tokens of one trace (no pads), S sets of sinks, L layers, H query heads, K key heads, D head size of the
+values, C width of the residual stream, r rows and n columns of a block.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +66,7 @@ def rollout(rows: Iterable[Rows], sinks: Tensor) -> Tensor:
 
     Args:
         rows: the head mean `A_l` of each layer, all layers of the model, the TOP layer first. Read one after the other.
-        sinks: [N] bool.
+        sinks: [N] or [S, N] bool.
 
     Raises:
         ValueError: the rows are of another number of tokens, or lack those of a token that is reached.
@@ -72,8 +75,8 @@ def rollout(rows: Iterable[Rows], sinks: Tensor) -> Tensor:
     if not sinks.any():
         return share
     for number, layer in enumerate(rows):
-        if layer.num_tokens != len(sinks):
-            raise ValueError(f"rows: number {number} is over {layer.num_tokens} tokens, sinks over {len(sinks)}")
+        if layer.num_tokens != sinks.shape[-1]:
+            raise ValueError(f"rows: number {number} is over {layer.num_tokens} tokens, sinks over {sinks.shape[-1]}")
         share = _carried(share, map(_with_identity, layer.blocks(last_first=True)))
     return share
 
@@ -95,24 +98,24 @@ def _with_identity(block: RowBlock) -> RowBlock:
 
 
 def _at(sinks: Tensor) -> Tensor:
-    """[N] float64 the mean over the sinks, as weights of tokens."""
-    if sinks.ndim != 1 or sinks.dtype != torch.bool:
-        raise ValueError(f"sinks must be bool [N], got {list(sinks.shape)} {sinks.dtype}")
-    return sinks.cpu().double() / max(int(sinks.sum()), 1)
+    """[N] or [S, N] float64 the mean over the sinks, as weights of tokens."""
+    if sinks.ndim not in (1, 2) or sinks.dtype != torch.bool:
+        raise ValueError(f"sinks must be bool [N] or [S, N], got {list(sinks.shape)} {sinks.dtype}")
+    return sinks.cpu().double() / sinks.cpu().sum(-1, keepdim=True).clamp(min=1)
 
 
 def _carried(share: Tensor, blocks: Iterator[RowBlock]) -> Tensor:
-    """[N] `share` [N] times a matrix whose rows are normalised here; its blocks come last first.
+    """`share` [N] or [S, N] times a matrix whose rows are normalised here; its blocks come last first.
 
     Rows before the first token that has a share are never computed.
     """
     out = torch.zeros_like(share)
-    first = int(share.nonzero()[0])
+    first = int(share.nonzero()[:, -1].min())
     for start, weight in blocks:
         r, stop = weight.shape
-        here = share[start : start + r].to(weight.device)
+        here = share[..., start : start + r].to(weight.device)
         weight = weight.double()
-        out[:stop] += ((here / weight.sum(1)) @ weight).cpu()
+        out[..., :stop] += ((here / weight.sum(1)) @ weight).cpu()
         if start <= first:
             return out
     raise ValueError(f"rows must have those of token {first}, which is reached from the sinks; they begin later")
@@ -142,7 +145,7 @@ def routes(model: nn.Module, token_ids: Tensor, sinks: Tensor, *, per_head: bool
 
     Args:
         model: a causal language model of transformers; it is left as it was.
-        token_ids: [N] int64. sinks: [N] bool. per_head: is a_ts W_O v_s of each head a part of its own?
+        token_ids: [N] int64. sinks: [N] or [S, N] bool. per_head: is a_ts W_O v_s of each head a part of its own?
 
     Raises:
         ValueError: the model can't be split like this: a layer without softmax attention, something between attention
@@ -150,15 +153,15 @@ def routes(model: nn.Module, token_ids: Tensor, sinks: Tensor, *, per_head: bool
             feed-forward block (Phi, Cohere).
     """
     share = _at(sinks)
-    if token_ids.shape != sinks.shape or token_ids.is_floating_point():
-        raise ValueError(f"token_ids must be whole numbers [{len(sinks)}], got {list(token_ids.shape)}")
+    if token_ids.shape != sinks.shape[-1:] or token_ids.is_floating_point():
+        raise ValueError(f"token_ids must be whole numbers [{sinks.shape[-1]}], got {list(token_ids.shape)}")
     if not sinks.any():
         return share
-    stop = int(sinks.nonzero()[-1]) + 1  # no sink sees what comes later
-    reached = share[:stop]
+    stop = int(sinks.nonzero()[:, -1].max()) + 1  # no sink sees what comes later
+    reached = share[..., :stop]
     for layer in _attention_of(model, token_ids[:stop]):
         reached = _carried(reached, (layer.block(start, per_head) for start in reversed(range(0, stop, _BLOCK))))
-    share[:stop] = reached
+    share[..., :stop] = reached
     return share
 
 
@@ -191,11 +194,12 @@ class _Written:
         before = self.before[start:n]
         after = before + self.added[start:n]
         weight = torch.zeros_like(after[:, :1]).repeat(1, n)
+        near = _Near(after)
         step = max(1, TILE_BYTES["cpu" if after.device.type == "cpu" else "other"] // (4 * after.numel()))
         for c in range(0, n, step):
             paid, per_unit = attention[c : c + step], self._per_unit(c, min(c + step, n))
             for some, writes in zip(paid.split(heads, dim=2), per_unit.split(heads, dim=1), strict=True):
-                weight[:, c : c + step] += proximity(some @ writes, after).T
+                weight[:, c : c + step] += near.of(some, writes).T
         own = weight.diagonal(start)
         own += proximity(before, after)
         own.masked_fill_(weight.sum(1) == 0, 1)
@@ -232,6 +236,31 @@ def proximity(part: Tensor, whole: Tensor) -> Tensor:
     """
     along = part * torch.copysign(torch.ones_like(whole), whole)
     return torch.minimum(along, 2 * whole.abs() - along).sum(-1).clamp_(min=0)
+
+
+class _Near:
+    """`proximity` to the same tokens of many parts, each of which is a product: a sum of what heads write.
+
+    As min(s, 2 |w| - s) is s - 2 max(0, s - |w|), a part is gone through in place, in memory that is used again: on a
+    CPU fresh pages cost more than what is computed in them.
+
+    Args:
+        whole: w, [r, C].
+    """
+
+    def __init__(self, whole: Tensor) -> None:
+        self.sign, self.size = torch.copysign(torch.ones_like(whole), whole), whole.abs()
+        self._area = whole.new_empty(0)
+
+    def of(self, paid: Tensor, writes: Tensor) -> Tensor:
+        """[n, r] the proximity of the parts paid @ writes; paid: [n, r, h], writes: [n, h, C]."""
+        shape = (len(paid), *self.sign.shape)
+        if len(self._area) < math.prod(shape):
+            self._area = self._area.new_empty(math.prod(shape))
+        part = torch.bmm(paid, writes, out=self._area[: math.prod(shape)].view(shape))
+        along = part.mul_(self.sign).sum(-1)
+        beyond = part.sub_(self.size).clamp_(min=0).sum(-1)
+        return along.sub_(beyond, alpha=2).clamp_(min=0)
 
 
 def _attention_of(model: nn.Module, token_ids: Tensor) -> Iterator[_Written]:

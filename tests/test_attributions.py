@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from flowgraph import capture
-from flowgraph.rl import Baseline
+from flowgraph.rl import Baseline, attributions
 from flowgraph.rl.attributions import gradient_input, layer_rows, proximity, recency, rollout, routes
 from flowgraph.rows import TILE_BYTES, DenseRows, RowBlock
 from flowgraph.spans import locate
@@ -177,7 +177,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         rollout([DenseRows(torch.eye(N)), DenseRows(torch.eye(4))], sinks_at(3))
     with pytest.raises(ValueError, match="must have those of token 99"):
         rollout([Late()], sinks_at(99, 120))
-    with pytest.raises(ValueError, match=r"sinks must be bool \[N\], got \[150\] torch.int64"):
+    with pytest.raises(ValueError, match=r"sinks must be bool \[N\] or \[S, N\], got \[150\] torch.int64"):
         rollout([], torch.ones(N).long())
 
 
@@ -237,6 +237,35 @@ def test_proximity_is_exact_where_norms_cancel() -> None:
     expected = near(part, whole)
     assert (proximity(part.float(), whole.float()) / expected - 1).abs().max() < 1e-5
     assert (near(part.float(), whole.float()) / expected - 1).abs().max() > 1e-2
+    # The way that routes take, of a part as a product.
+    fast = attributions._Near(whole.float())
+    found, expected = fast.of(torch.ones(1, 40, 1), part[None, :1].float())[0], near(part[:1].expand(40, -1), whole)
+    assert (found - expected).abs().max() < 1e-5 * part.abs().sum(-1).max()
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_fast_proximity_of_products_is_the_plain_one(heads: int) -> None:
+    torch.manual_seed(2)
+    whole, paid = torch.randn(30, 64, dtype=torch.float64), torch.rand(6, 30, heads, dtype=torch.float64)
+    writes = torch.randn(6, heads, 64, dtype=torch.float64)
+    whole[:, :3] = torch.tensor([0.0, 1e-3, -1e-3])
+    fast = attributions._Near(whole)
+    expected = proximity(paid @ writes, whole)
+    assert (fast.of(paid, writes) - expected).abs().max() < 1e-12
+    assert (fast.of(paid[:2], writes[:2]) - expected[:2]).abs().max() < 1e-12, "the memory of an earlier tile"
+
+
+def test_several_sets_of_sinks_at_once_are_the_same_as_one_by_one() -> None:
+    model, ids = tiny("llama"), tokens(0)
+    sets = torch.stack([sinks_at(100, 103), sinks_at(140), sinks_at()])
+    for function in (
+        partial(routes, model, ids),
+        lambda sinks: rollout(layer_rows(capture(model, ids[None], layers="all"), 0, torch.arange(N)), sinks),
+    ):
+        found = function(sets)
+        assert found.shape == (3, N) and (found[2] == 0).all()
+        for scores, sinks in zip(found[:2], sets, strict=False):
+            assert (scores - function(sinks)).abs().max() < 1e-7 and scores.sum() == pytest.approx(1)
 
 
 def test_a_token_none_of_whose_parts_is_near_keeps_what_it_has() -> None:

@@ -26,6 +26,10 @@ def command(models: dict[str, str], rows: Path, out: Path, *more: str) -> list[A
     return ["faithful", rows, "-m", models["random"], "--out", out, *more]
 
 
+def drops_of(line: str) -> list[Any]:
+    return [table["drop"] for table in json.loads(line)["tables"]]
+
+
 def test_tables_and_files(models: dict[str, str], rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shown = good(*command(models, rows, out, *FEW, "--shares", "5%,0.2", "--ends", "top,bottom", "--limit", "2"))
@@ -43,6 +47,11 @@ def test_tables_and_files(models: dict[str, str], rows: Path, tmp_path: Path) ->
     again = good(*command(models, rows, out, *FEW, "--shares", "5%,0.2", "--ends", "top,bottom", "-q"))
     assert again.stdout == ""
     assert json.loads((out / "faithful.json").read_text())["traces"] == 3, "it goes on"
+    wide = tmp_path / "wide"
+    good(*command(models, rows, wide, *FEW, "--shares", "5%,0.2", "--ends", "top,bottom", "-q", "--workers", "2"))
+    assert [drops_of(line) for line in (wide / "traces.jsonl").open()] == [
+        drops_of(line) for line in (out / "traces.jsonl").open()
+    ]
     message = refused(1, *command(models, rows, out, *FEW, "--ends", "top", "-q"))
     assert "holds a run of something else" in message and "shares" in message and "ends" in message
 

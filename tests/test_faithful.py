@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from flowgraph import Tracer
 from flowgraph.adapters.evidence import faithful as job
-from flowgraph.adapters.evidence import plots
+from flowgraph.adapters.evidence import plots, signals
 from flowgraph.adapters.evidence.faithful import FaithfulConfig, average_precision, faithful
 from flowgraph.adapters.evidence.hiding import answer_logp
 from flowgraph.adapters.evidence.signals import SIGNALS, random_twin
@@ -200,6 +202,58 @@ def test_a_killed_job_goes_on_to_the_same_lines(model: Any, tmp_path: Path) -> N
     assert (tmp_path / "cut" / "traces.jsonl").read_text().splitlines()[:2] == before, "done again"
     assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
     assert summary["traces"] == 4 and summary["set_aside"] == {"no answer was found in the response": 1}
+
+
+def test_several_workers_write_the_same_lines(model: Any, tmp_path: Path) -> None:
+    # The third trace that can be used is the fifth row: what is done for a trace depends on those before it.
+    rows = [*responses(2), {"question": "?", "response": "none"}, {"question": "?"}, *responses(3)]
+    few: dict[str, Any] = {"signals": ("recency", "flow/random_model"), "regenerate": 3, "curves": 1, "limit": 4}
+    run(model, rows, tmp_path / "one", **few)
+    heard: list[int] = []
+    config = FaithfulConfig(**{**QUICK, **few})
+    faithful(
+        model, TOKENIZER, rows, tmp_path / "two", config, name="tiny", plot=False, workers=2,
+        advance=lambda line: heard.append(line["line"]),
+    )  # fmt: skip
+    assert lines_of(tmp_path / "two") == lines_of(tmp_path / "one")
+    assert heard == [1, 2, 3, 4, 5, 6] == [line["line"] for line in lines_of(tmp_path / "two")]
+    assert ["answers" in line["tables"][0] for line in lines_of(tmp_path / "two") if "tables" in line] == [
+        True, True, True, False,
+    ]  # fmt: skip
+    assert run(model, rows, tmp_path / "two", **few | {"limit": 5})["traces"] == 5, "goes on with one"
+    assert not torch.multiprocessing.active_children()
+
+
+def test_what_other_processes_cannot_know_is_said(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIGNALS, "mine", SIGNALS["recency"])
+    config = FaithfulConfig(signals=("mine",), regenerate=0, curves=0)
+    with pytest.raises(LookupError, match="'mine' is not known in other processes"):
+        faithful(model, TOKENIZER, responses(1), tmp_path / "mine", config, plot=False, workers=2)
+    with pytest.raises(ValueError, match=r"workers: .* can't be sent to other processes"):
+        faithful(
+            model, TOKENIZER, responses(1), tmp_path / "lambda", replace(config, signals=("flashtrace",)),
+            plot=False, workers=2, flashtrace=lambda reading: torch.zeros(len(reading)),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        faithful(model, TOKENIZER, responses(1), tmp_path / "none", config, workers=0)
+
+
+def test_seconds_of_a_signal_are_those_it_takes_by_itself(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though what two signals share is computed once."""
+    sinks: list[Tensor] = []
+
+    def slow(model: Any, ids: Tensor, of: Tensor) -> Tensor:
+        sinks.append(of)
+        time.sleep(0.1)
+        return of.double()
+
+    monkeypatch.setattr(signals, "routes", slow)
+    run(model, responses(1), tmp_path / "out", signals=("routes", "routes/paper"), regenerate=0, curves=0)
+    (line,) = (json.loads(line) for line in (tmp_path / "out" / "traces.jsonl").read_text().splitlines())
+    assert len(sinks) == 1 and len(sinks[0]) == 2
+    assert line["seconds"]["signals"]["routes"] >= 0.1 <= line["seconds"]["signals"]["routes/paper"]
 
 
 def test_a_larger_limit_goes_on_and_other_settings_are_refused(model: Any, tmp_path: Path) -> None:

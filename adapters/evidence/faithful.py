@@ -20,11 +20,13 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -45,6 +47,7 @@ from flowgraph.adapters.evidence.signals import (
 )
 from flowgraph.adapters.evidence.summary import FLOW, RUN, TRACES, markdown, read_lines, summarise
 from flowgraph.adapters.evidence.traces import Case, Found, Rows, prepare, short, written_answer
+from flowgraph.adapters.evidence.workers import judging
 from flowgraph.answers import FINDERS, Finder
 from flowgraph.rl.baselines import HeadGroups, Predictions
 from flowgraph.tracer import Tracer
@@ -73,6 +76,8 @@ CALIBRATION = 8
 
 _MORE_TOKENS = 8
 """Tokens that a regenerated answer may have more than the stated one."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ def faithful(
     name: str | None = None,
     flashtrace: Signal | None = None,
     plot: bool | None = None,
+    workers: int = 1,
     advance: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Compare token scores of a model on some traces; go on where an earlier run in `out` has stopped.
@@ -170,6 +176,9 @@ def faithful(
         out: a folder, new or of an earlier run with the same settings.
         name: of the model, for the tables. flashtrace: the signal of that name.
         plot: draw out/faithful.png. None: if matplotlib is there.
+        workers: processes that judge traces, each trace whole; 1: this one. They share out its threads. The lines are
+            the same, in the same order, and a run may go on with another number. More than one start this program's
+            main module anew, so scripts need `if __name__ == "__main__":`.
         advance: called with every line, those of an earlier run included.
 
     Returns:
@@ -177,8 +186,11 @@ def faithful(
 
     Raises:
         ValueError: `out` is of a run with other settings, no row can be used, or an option is wrong.
+        RuntimeError: a worker died.
     """
     config, folder = config or FaithfulConfig(), Path(out)
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     if plot:
         plots.check()
     source = Rows.of(rows, config.carriers)
@@ -188,7 +200,7 @@ def faithful(
         header = _begin(folder, judge, source, name or _name_of(model))
         judge.heads = None if header["heads"] is None else HeadGroups.from_dict(header["heads"])
         _remove_unfinished(folder)
-        _go_on(folder, judge, source, advance or (lambda line: None))
+        _go_on(folder, judge, source, workers, advance or (lambda line: None))
         summary = summarise(folder)
         _write(folder / RESULT, json.dumps(summary, allow_nan=False, indent=1) + "\n")
         _write(folder / PAGE, markdown(summary))
@@ -197,22 +209,56 @@ def faithful(
     return summary
 
 
-def _go_on(folder: Path, judge: _Judge, source: Rows, advance: Callable[[Mapping[str, Any]], None]) -> None:
+def _go_on(
+    folder: Path, judge: _Judge, source: Rows, workers: int, advance: Callable[[Mapping[str, Any]], None]
+) -> None:
     """A line for every row that has none yet, up to the limit."""
     done = {_key(line): line for line in read_lines(folder)}
-    used = 0
-    with (folder / TRACES).open("a", encoding="utf-8", newline="\n") as file:
-        for where, found in source.records():
-            if used == judge.config.limit:
-                return
-            line = done.get(_key(where))
-            if line is None:
-                line = where | judge.line(found, used)
+    with (
+        (folder / TRACES).open("a", encoding="utf-8", newline="\n") as file,
+        closing(_lines(judge, source, workers, done)) as lines,  # ends the workers, whatever happens
+    ):
+        for line in lines:
+            if _key(line) not in done:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            used += "reason" not in line
             advance(line)
+
+
+def _lines(
+    judge: _Judge, source: Rows, workers: int, done: Mapping[tuple[Any, ...], dict[str, Any]]
+) -> Generator[dict[str, Any], None, None]:
+    """The lines of all rows in their order, up to the limit; several rows are being judged at a time.
+
+    What is done for a trace depends on how many before it could be used, which isn't known yet while these are being
+    judged. It is taken for granted that they can, and a line for which that made a difference is judged again.
+    """
+    limit, used = judge.config.limit, 0
+    records = source.records()
+    asked: deque[tuple[dict[str, Any], Found | ValueError, int, Future[dict[str, Any]] | None]] = deque()
+    with judging(judge, workers) as ask:
+        while True:
+            while len(asked) < (1 if workers == 1 else 2 * workers):
+                number = used + len(asked)
+                if number == limit or (record := next(records, None)) is None:
+                    break
+                where, found = record
+                nothing_to_judge = isinstance(found, ValueError) or _key(where) in done
+                asked.append((where, found, number, None if nothing_to_judge else ask(found, number)))
+            if not asked:
+                return
+            where, found, number, future = asked.popleft()
+            if _key(where) in done:
+                line = done[_key(where)]
+            elif future is None or isinstance(found, ValueError):
+                line = where | judge.line(found, used)
+            else:
+                if judge.parts(number) != judge.parts(used):
+                    future = ask(found, used)
+                line = where | future.result()
+            used += "reason" not in line
+            yield line
 
 
 def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -298,12 +344,26 @@ def _weights_of(model: nn.Module) -> str:
 
 
 class _Alone(Reading):
-    """A reading that shares the model's passes with another, and nothing else: what a signal costs by itself."""
+    """A reading that shares with another the model's passes, and what signals ask for `once`.
 
-    def __init__(self, base: Reading, heads: HeadGroups | None) -> None:
+    Attributes:
+        saved: seconds that it was spared because another signal had asked for the same.
+    """
+
+    def __init__(self, base: Reading, heads: HeadGroups | None, shared: dict[Hashable, tuple[Any, float]]) -> None:
         how = {"heads": heads, "other": base.other, "flashtrace": base.flashtrace}
         super().__init__(base.model, base.token_ids, base.place, **how)  # type: ignore[arg-type]
-        self._base = base
+        self._base, self._shared, self.saved = base, shared, 0.0
+
+    def once(self, key: Hashable, compute: Callable[[], _T]) -> _T:
+        if key in self._shared:
+            found, seconds = self._shared[key]
+            self.saved += seconds
+        else:
+            begun = time.perf_counter()
+            found = compute()
+            self._shared[key] = found, time.perf_counter() - begun
+        return found
 
     def captured(self, *, of_other: bool = False) -> Any:
         return self._base.captured(of_other=of_other)
@@ -348,6 +408,11 @@ class _Judge:
         end = getattr(tokenizer, "eos_token_id", None)
         self.stop_ids = {*end_ids(model), *([] if end is None else [end])}
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """The model, and the untrained one of a control."""
+        return [self.tracer.model] + ([] if self.other is None else [self.other])
+
     def calibrated(self, source: Rows) -> dict[str, Any] | None:
         """The local and global heads, found on the first traces."""
         if not self.reads_heads:
@@ -375,6 +440,10 @@ class _Judge:
         except ValueError as error:
             return {"reason": " ".join(str(error).split())}
 
+    def parts(self, number: int) -> tuple[bool, bool]:
+        """Does a trace before which so many could be used have regeneration, and curves?"""
+        return number < self.config.regenerate, number < self.config.curves
+
     def judged(self, trace: Case, number: int) -> dict[str, Any]:
         clock, each = _Clock(), _Clock()
         model, ids, answer = self.tracer.model, trace.token_ids, trace.spans.answer_tokens
@@ -387,10 +456,13 @@ class _Judge:
             if self.reads_predictions:
                 reading.predictions()
         scores: dict[str, Tensor] = {}
+        shared: dict[Hashable, tuple[Any, float]] = {}
         with clock("signals"):
             for name in self.names:
+                alone = _Alone(reading, self.heads, shared)
                 with each(name):
-                    scores |= scores_of(_Alone(reading, self.heads), [name])
+                    scores |= scores_of(alone, [name])
+                each.seconds[name] = round(each.seconds[name] + alone.saved, 4)  # what it takes by itself
         tables, hidden = self.tables(trace, scores)
         with clock("log_probability"):
             logp = answer_logp(model, ids, hidden, answer)
@@ -405,7 +477,8 @@ class _Judge:
         for table in tables:
             picked = table["picked"]
             table["drop"] = {name: float(logp[0] - logp[variant]) for name, variant in picked.items()}
-        if number < self.config.regenerate:
+        regenerates, draws_curves = self.parts(number)
+        if regenerates:
             with clock("regeneration"):
                 texts = self.regenerated(trace, hidden)
             line["regenerated"] = {"answer": texts[0], "right": trace.right}
@@ -418,7 +491,7 @@ class _Judge:
                 if (mask & trace.carriers).any()
             }
         line["tables"] = [{key: value for key, value in table.items() if key != "picked"} for table in tables]
-        if number < self.config.curves:
+        if draws_curves:
             # A curve costs as much as twenty tables: none of the controls, which the tables have judged.
             real = {name: one for name, one in scores.items() if name not in controls_of(self.names)}
             with clock("curves"):

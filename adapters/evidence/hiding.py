@@ -91,7 +91,12 @@ def hideable(mask: Tensor, answer_tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def answer_logp(
-    model: nn.Module, token_ids: Tensor, hidden: Tensor, answer_tokens: Tensor, *, max_batch_tokens: int = 4096
+    model: nn.Module,
+    token_ids: Tensor,
+    hidden: Tensor,
+    answer_tokens: Tensor,
+    *,
+    max_batch_tokens: int | None = None,
 ) -> Tensor:
     """[M] float64, in nats: the log-probability of the answer with the hidden tokens invisible to all later ones.
 
@@ -100,7 +105,8 @@ def answer_logp(
         token_ids: [N] int64, one trace without pads.
         hidden: [M, N] bool, one variant per row. What lies behind the answer plays no part.
         answer_tokens: [N] bool, the tokens whose log-probabilities are summed.
-        max_batch_tokens: tokens of a micro-batch, pads included and the shared prefix not; one variant at least.
+        max_batch_tokens: tokens of a micro-batch, pads included and the shared prefix not; one variant at least. None:
+            1024 on a CPU, whose cache they must fit, and 4096 elsewhere.
 
     Raises:
         ValueError: names the argument, variant and token: a variant hides a token of the answer, or one whose row
@@ -113,9 +119,10 @@ def answer_logp(
     variants, inverse = hidden[:, : int(answer[-1])].unique(dim=0, return_inverse=True)  # the last row predicts nothing
     reader = _Reader(unwrap(model), ids, variants, before=int(predicting[0]))
     most_rows = max(1, _MAX_LOGITS // (len(answer) * reader.vocabulary))
+    most_tokens = max_batch_tokens or (1024 if ids.device.type == "cpu" else 4096)
     found = torch.empty(len(variants), dtype=torch.float64)
     with evaluation_mode(reader.model):
-        for batch in reader.batches(max_batch_tokens, most_rows=most_rows):
+        for batch in reader.batches(most_tokens, most_rows=most_rows):
             columns = reader.columns(batch, predicting)  # [m, L]
             keep, place = columns.unique(return_inverse=True)
             logits = reader.read(batch, keep)[0][torch.arange(len(place), device=ids.device)[:, None], place]
@@ -192,7 +199,7 @@ def curves(
     answer_tokens: Tensor,
     steps: int = 10,
     *,
-    max_batch_tokens: int = 4096,
+    max_batch_tokens: int | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """For each signal, the answer's log-probability in nats as more and more of the mask is hidden or shown.
 

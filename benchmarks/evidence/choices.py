@@ -282,21 +282,34 @@ def wrong_readings(subject: Subject, problem: Problem) -> list[Reading]:
 
 def task_log(task: str, split: str, problems: int, folder: Path = RESULTS) -> list[Line]:
     """The log of all candidates on a task."""
-    names = [name for name in CANDIDATES if name not in GROUP]
 
     @cache
-    def known() -> tuple[Subject, Chosen]:
+    def known() -> tuple[Subject, Callable[[Problem, Reading], dict[str, Tensor]]]:
         subject = Subject(task)
-        return subject, choose(moving_mass([subject.reading(problem) for problem in subject.unlabelled]))
+        return subject, scorer(subject)
+
+    def line_of(number: int) -> Line:
+        subject, scores = known()
+        return subject.line(split, number, scores)
+
+    path = folder / f"choices-{task}.jsonl"
+    return recall.run(path, task_header(task, split), range(problems), line_of, lambda: known()[0].model)
+
+
+def task_header(task: str, split: str) -> Line:
+    """Of a log of all candidates that need no solutions to the same problem."""
+    return {"task": task, "split": split, "signals": [name for name in CANDIDATES if name not in GROUP]}
+
+
+def scorer(subject: Subject) -> Callable[[Problem, Reading], dict[str, Tensor]]:
+    """Gives the scores of these candidates for a problem."""
+    chosen = choose(moving_mass([subject.reading(problem) for problem in subject.unlabelled]))
 
     def scores(problem: Problem, reading: Reading) -> dict[str, Tensor]:
-        subject, chosen = known()
         case = Case(reading, chosen, wrong_readings(subject, problem))
-        return {name: CANDIDATES[name](case) for name in names}
+        return {name: candidate(case) for name, candidate in CANDIDATES.items() if name not in GROUP}
 
-    header = {"task": task, "split": split, "signals": names}
-    path = folder / f"choices-{task}.jsonl"
-    return recall.run(path, header, range(problems), lambda number: known()[0].line(split, number, scores))
+    return scores
 
 
 # --- hiding, on GSM8K -------------------------------------------------------------------------------------------------
@@ -437,7 +450,8 @@ def gsm8k_log(source: Path, count: int, folder: Path = RESULTS) -> list[Line]:
         *problems_of(by_problem, 0, UNLABELLED + count)[UNLABELLED:],
         *problems_of(by_problem, 1, count),
     ]
-    return recall.run(folder / "choices-gsm8k.jsonl", header, numbers, lambda number: solutions().line(number, names))
+    path = folder / "choices-gsm8k.jsonl"
+    return recall.run(path, header, numbers, lambda number: solutions().line(number, names), lambda: solutions().model)
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------

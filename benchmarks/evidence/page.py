@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = Path("docs/evidence.md")
 PICTURES = Path("docs/img")
 LOGS = Path("benchmarks/results/evidence")
-HIDING = tuple(gsm8k.RUNS)
+HIDING = (*gsm8k.RUNS, gsm8k.FLASHTRACE)
 """Folders of the runs of `flowgraph faithful`."""
 MAIN = HIDING[0]
 
@@ -181,7 +181,8 @@ def hiding_section(logs: Path) -> str:
             parts.append(missing(run, f"python -m benchmarks.evidence.gsm8k --runs {run}"))
             continue
         for table in found["tables"]:
-            parts += [f"### {summary.title(table)}", summary.table_text(table, found["seconds"]["signals"])]
+            beside = "FlashTrace beside it. " if run == gsm8k.FLASHTRACE else ""
+            parts += [f"### {beside}{summary.title(table)}", summary.table_text(table, found["seconds"]["signals"])]
         parts.append(f"![Drops of log p(answer) by signal, with intervals](img/evidence-{run}.png)")
         for table in found["curves"]:
             parts += [f"### Deletion and insertion; {summary.RESTATED[table['restated']]}", summary.metrics_text(table)]

@@ -18,9 +18,10 @@ Problems for choosing (split "choose") and for reporting ("report") come from di
 (benchmarks/evidence/choices.py) are made on chains and needles; all four tasks are reported.
 
 Log: benchmarks/results/evidence/recall-<task>.jsonl (split "choose": recall-<task>-choose.jsonl). First a line with the
-names of the signals, then one line per problem; a run that was stopped goes on from there. A ranking is a word with one
-character per unit, in base 36: how many units have a higher score ("0110": the first and the last unit tie at the top).
-Rankings stand in the order of the names. `summarise` turns lines into numbers and does nothing else.
+names of the signals, the model's fingerprint, machine and commit, then one line per problem; a run that was stopped
+goes on from there, with the same model. A ranking is a word with one character per unit, in base 36: how many units
+have a higher score ("0110": the first and the last unit tie at the top). Rankings stand in the order of the names.
+`summarise` turns lines into numbers and does nothing else.
 
 Shapes: N tokens of a trace, U units, k carriers.
 """
@@ -28,10 +29,16 @@ Shapes: N tokens of a trace, U units, k carriers.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
+import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -39,10 +46,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from benchmarks.evidence.decoders import load_decoder
-from benchmarks.evidence.tasks import TASKS, Problem
+from benchmarks.evidence.tasks import EVERY, TASKS, Problem
 from benchmarks.evidence.verify import Tried, tried
 from flowgraph.adapters.evidence.signals import SIGNALS, Place, Reading, heads_of, random_twin, scores_of
 from flowgraph.adapters.evidence.statistics import Interval, interval, paired
@@ -121,8 +129,8 @@ def read_ranking(word: str) -> list[int]:
 
 def problem_of(task: str, split: str, number: int) -> Problem:
     """Problem `number` of a split. The levels take turns; the seed is of the task, the split and the number."""
-    levels = TASKS[task].levels
-    return TASKS[task].sample(Random(f"{task} {split} {number}"), levels[number % len(levels)])
+    levels = EVERY[task].levels
+    return EVERY[task].sample(Random(f"{task} {split} {number}"), levels[number % len(levels)])
 
 
 def place_of(problem: Problem) -> Place:
@@ -198,26 +206,85 @@ def append(path: Path, line: Line) -> None:
         file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
+ABOUT = ("model", "machine", "commit")
+"""What a header says beside what its lines are of. Logs of the first versions don't say it: they can be read, and no
+line can be added."""
+
+
+def fingerprint(model: Any) -> str:
+    """12 hex digits of all weights of a model."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+def about() -> Line:
+    """When, on what and by which code."""
+    status = ["git", "status", "--porcelain", "--untracked-files=no"]
+    asked = [["git", "rev-parse", "--short", "HEAD"], status] if shutil.which("git") else [["true"]] * 2
+    here, cpus = Path(__file__).parent, Path("/proc/cpuinfo")
+    known = cpus.read_text().splitlines() if cpus.is_file() else []
+    said = [subprocess.run(one, cwd=here, capture_output=True, text=True).stdout.strip() for one in asked]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": (said[0] or "unknown") + ("-dirty" if said[1] else ""),
+        "cpu": next(
+            (line.split(":")[1].strip() for line in known if line.startswith("model name")), platform.machine()
+        ),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def begin(path: Path, header: Line, numbers: Iterable[int], model: Callable[[], Any] | None) -> list[int]:
+    """Writes the header of a new log; the numbers of which the log has no line.
+
+    Args:
+        model: gives what makes the lines; not called if there is none to make. None: the header says nothing of it.
+
+    Raises:
+        ValueError: the log has another header, or its lines are of another model.
+    """
+    lines = read_log(path)
+    known = {key: value for key, value in lines[0].items() if key not in ABOUT} if lines else None
+    if known is not None and known != json.loads(json.dumps(header)):
+        raise ValueError(f"{path} was made with other signals or another split: delete it, or write elsewhere (--out)")
+    done = {line["problem"] for line in lines[1:]}
+    left = [number for number in numbers if number not in done]
+    if not left:
+        return []
+    found = None if model is None else fingerprint(model())
+    if known is None:
+        machine = about()
+        more = {"model": found, "commit": machine.pop("commit"), "machine": machine}
+        append(path, header | (more if found else {}))
+    elif found != (before := lines[0].get("model")):
+        raise ValueError(
+            f"{path} holds lines of the model {before or '(it does not say which)'}, and this one is {found}: they "
+            "don't belong into one table. Delete it, or write elsewhere (--out)"
+        )
+    return left
+
+
 def run(
-    path: Path, header: Line, numbers: Iterable[int], line_of: Callable[[int], Line], say: Callable[[str], None] = print
+    path: Path,
+    header: Line,
+    numbers: Iterable[int],
+    line_of: Callable[[int], Line],
+    model: Callable[[], Any] | None = None,
+    say: Callable[[str], None] = print,
 ) -> list[Line]:
     """Writes the header and the lines that the log lacks; all its lines.
 
-    Raises:
-        ValueError: the log has another header.
+    Raises: as `begin`.
     """
-    lines = read_log(path)
-    if not lines:
-        append(path, header)
-    elif lines[0] != json.loads(json.dumps(header)):
-        raise ValueError(f"{path} was made with other signals or another split: delete it, or write elsewhere (--out)")
-    done = {line["problem"] for line in lines[1:]}
-    began, count = time.perf_counter(), 0
-    for number in numbers:
-        if number in done:
-            continue
+    began = time.perf_counter()
+    for count, number in enumerate(begin(path, header, numbers, model), 1):
         append(path, line_of(number))
-        count += 1
         if count % 50 == 0:
             say(f"{path.stem}: {count} problems, {(time.perf_counter() - began) / count:.2f} s each")
     return read_log(path)
@@ -364,7 +431,8 @@ def recall(task: str, split: str, problems: int, names: Sequence[str], folder: P
         return subject(task).line(split, number, lambda _, reading: scores_of(reading, names))
 
     header = {"task": task, "split": split, "signals": list(names)}
-    return run(folder / f"recall-{task}{suffix}.jsonl", header, range(problems), line_of)
+    path = folder / f"recall-{task}{suffix}.jsonl"
+    return run(path, header, range(problems), line_of, lambda: subject(task).model)
 
 
 def main() -> None:

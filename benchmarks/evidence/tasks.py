@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from random import Random
-from string import ascii_lowercase
+from string import ascii_lowercase, ascii_uppercase
 from typing import ClassVar
 
 from typing_extensions import Self  # in typing only from Python 3.11 on
@@ -150,7 +150,9 @@ class Chains(_PromptTask):
     width = 3
     count = 8
     names = ascii_lowercase[:12]
-    vocabulary: ClassVar = [START, ";", "?", *DIGITS, *names, *(f"{name}=" for name in names)]
+    digits: ClassVar = DIGITS
+    """What variables may be bound to; at least `count` of them."""
+    vocabulary: ClassVar = [START, ";", "?", *digits, *names, *(f"{name}=" for name in names)]
 
     def sample(self, generator: Random, level: int) -> Problem:
         self._check(level)
@@ -159,7 +161,7 @@ class Chains(_PromptTask):
             if level in depths and parents.count(None) > 1:
                 break
         names = generator.sample(self.names, self.count)
-        digits = generator.sample(DIGITS, self.count)
+        digits = generator.sample(self.digits, self.count)
         right = [digits[own] if parent is None else names[parent] for own, parent in enumerate(parents)]
         path = _path(parents, generator.choice([own for own, depth in enumerate(depths) if depth == level]))
         order = generator.sample(range(self.count), self.count)
@@ -171,22 +173,21 @@ class Chains(_PromptTask):
         bound = {left[0]: right for left, right, _ in statements}
 
         def value(name: str) -> str:
-            return bound[name] if bound[name] in DIGITS else value(bound[name])
+            return bound[name] if bound[name] in self.digits else value(bound[name])
 
         return {f"{name}=": value(name) for name in bound}
 
     def others(self, statements: Sequence[Sequence[str]], statement: Sequence[str]) -> list[list[str]]:
         bound = {left[0]: right for left, right, _ in statements}
         left, right, end = statement
-        if right in DIGITS:
-            return [[left, digit, end] for digit in DIGITS if digit not in bound.values()]
+        if right in self.digits:
+            return [[left, digit, end] for digit in self.digits if digit not in bound.values()]
         values = self.asked(statements)  # a variable of another tree: no circle, and another value
         near = [name for name in bound if values[f"{name}="] != values[f"{right}="] and self._depth(bound, name) == 1]
         return [[left, name, end] for name in near]
 
-    @staticmethod
-    def _depth(bound: dict[str, str], name: str) -> int:
-        return 1 if bound[name] in DIGITS else 1 + Chains._depth(bound, bound[name])
+    def _depth(self, bound: dict[str, str], name: str) -> int:
+        return 1 if bound[name] in self.digits else 1 + self._depth(bound, bound[name])
 
 
 class Needles(_PromptTask):
@@ -346,7 +347,51 @@ class Scratchpad(Task):
         return worked
 
 
+class LongChains(Chains):
+    """Twice the statements and up to five hops; values are digits and capital letters."""
+
+    name = "chains-long"
+    levels = (1, 2, 3, 4, 5)
+    count = 16
+    names = ascii_lowercase[:24]
+    digits: ClassVar = [*DIGITS, *ascii_uppercase[:12]]
+    vocabulary: ClassVar = [START, ";", "?", *digits, *names, *(f"{name}=" for name in names)]
+
+
+class LongNeedles(Needles):
+    """24 statements, and up to five with the asked mark."""
+
+    name = "needles-long"
+    levels = (1, 2, 3, 4, 5)
+    count = 24
+    marks = ascii_lowercase
+    vocabulary: ClassVar = [START, ";", "?", *DIGITS, *marks]
+
+
+class LongAddition(Addition):
+    """Ten digits, and carries from up to four columns away."""
+
+    name = "addition-long"
+    levels = (1, 2, 3, 4, 5)
+    places = "uthkmabcde"
+    vocabulary: ClassVar = [START, ";", "?", *DIGITS, *places]
+
+
+class LongScratchpad(Scratchpad):
+    """Twelve steps, of which up to five carry."""
+
+    name = "scratchpad-long"
+    levels = (1, 2, 3, 4, 5)
+    count = 12
+    names = ascii_lowercase[:16]
+    vocabulary: ClassVar = [START, ";", "?", "=", *DIGITS, *names, *_ADDED]
+    vocabulary += [f"{name}{sign}" for name in names for sign in ":="]
+
+
 TASKS: dict[str, Task] = {task.name: task for task in (Chains(), Needles(), Addition(), Scratchpad())}
+LONG: dict[str, Task] = {task.name: task for task in (LongChains(), LongNeedles(), LongAddition(), LongScratchpad())}
+"""The same for larger decoders; see benchmarks/evidence/gpu.py."""
+EVERY = TASKS | LONG
 
 
 def _parent(generator: Random, depths: Sequence[int], deepest: int) -> int | None:

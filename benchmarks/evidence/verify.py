@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.evidence.decoders import load_decoder
-from benchmarks.evidence.tasks import TASKS, Problem
+from benchmarks.evidence.tasks import EVERY, TASKS, Problem
 
 TRIES = {"chains": 8, "needles": 8, "addition": 24, "scratchpad": 1}
+TRIES |= {f"{name}-long": tries for name, tries in TRIES.items()}
 """Other values tried per unit. A column of "addition" may get other digits and yet hand on the same carry, so that one
 try says little; in "scratchpad" every wrong value leads to another answer."""
 
@@ -56,7 +57,7 @@ def tried(model: LlamaForCausalLM, problems: Sequence[Problem], *, seed: int = 0
     if not problems:
         return []
     (name,) = {problem.task for problem in problems}
-    task, most = TASKS[name], TRIES[name]
+    task, most = EVERY[name], TRIES[name]
     generator = Random(f"verify {seed}")
     rows, starts, owners = [], [], []
     for index, problem in enumerate(problems):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).absolute().parents[2]
-FILES = sorted(path for folder in ("flowgraph", "rl", "adapters") for path in (ROOT / folder).glob("*.py"))
+FILES = sorted(path for pattern in ("flowgraph/*.py", "rl/**/*.py", "adapters/**/*.py") for path in ROOT.glob(pattern))
 
 NEVER_IMPORTED = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
 NEVER_CALLED = {
