@@ -61,6 +61,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "future_attention": {"score": "future_attention"},
     "reach": {"score": "reach"},
     "flow": {"score": "throughput"},
+    "mix": {"score": "mix"},
     "reach/paper": {"score": "reach", "preset": "paper"},
     "flow/paper": {"score": "throughput", "preset": "paper"},
 }
