@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flowgraph.capture import Capture, evaluation_mode, recording, softmax_layers_of
-from flowgraph.credit import SCORES
-from flowgraph.rl.baselines import NEED_HEADS
+from flowgraph.rl.baselines import BASELINES, NEED_HEADS
 from flowgraph.rl.config import FlowConfig
 from flowgraph.rl.crediting import Crediting, Factors
 from flowgraph.rl.monitor import KEYS, entropy_overlap
@@ -118,7 +117,7 @@ class FlowMixin(_Base):
         advice = "Pass FlowConfig(scorer=...), a copy of the policy or a smaller model with the same tokenizer"
         if flow.scorer is None and sharding != "FSDP2":
             raise ValueError(f"the policy is sharded by {sharding}, which credits cannot read. {advice}")
-        if flow.scorer is None and flow.score not in SCORES:
+        if flow.scorer is None and flow.score in BASELINES:
             raise ValueError(f"the policy is sharded by {sharding}, and score={flow.score!r} needs it whole. {advice}")
         if flow.refresh_steps and sharding != "FSDP2":
             raise ValueError(f"refresh_steps cannot gather weights that {sharding} has sharded; set it to 0")
@@ -251,7 +250,7 @@ class FlowMixin(_Base):
     def _reuses_a_pass(self) -> bool:
         """Will TRL compute old log-probabilities with the model that is to be read? Its own condition, in its words."""
         flow, args = self.flow, self.args
-        if not flow.reuse or flow.scorer is not None or flow.score not in SCORES:
+        if not flow.reuse or flow.scorer is not None or flow.score in BASELINES:
             return False
         misaligned = args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) != 0
         return misaligned or (self.use_vllm and self.vllm_importance_sampling_correction)

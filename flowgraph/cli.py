@@ -120,7 +120,7 @@ def trace_command(
     answer: options.Answer = "auto",
     answer_regex: options.AnswerRegex = None,
     question: options.Question = "prompt",
-    score: options.Score = "throughput",
+    score: options.Score = "auto",
     rule: options.Rule = "top",
     top: options.Top = 0.4,
     gain: options.Gain = 1.5,
@@ -128,6 +128,7 @@ def trace_command(
     tail_tokens: options.TailTokens = 16,
     max_tokens: options.MaxTokens = None,
     solver: options.Solver = "auto",
+    backend: options.Backend = "auto",
     chunk: options.Chunk = "auto",
     offload: options.Offload = False,
     memory: options.Memory = None,
@@ -264,7 +265,7 @@ def report_command(
     answer: options.Answer = "auto",
     answer_regex: options.AnswerRegex = None,
     question: options.Question = "prompt",
-    score: options.Score = "throughput",
+    score: options.Score = "auto",
     rule: options.Rule = "top",
     top: options.Top = 0.4,
     gain: options.Gain = 1.5,
@@ -272,6 +273,7 @@ def report_command(
     tail_tokens: options.TailTokens = 16,
     max_tokens: options.MaxTokens = None,
     solver: options.Solver = "auto",
+    backend: options.Backend = "auto",
     chunk: options.Chunk = "auto",
     offload: options.Offload = False,
     memory: options.Memory = None,
@@ -401,7 +403,7 @@ def score_command(
     answer: options.Answer = "auto",
     answer_regex: options.AnswerRegex = None,
     question: options.Question = "prompt",
-    score: options.Score = "throughput",
+    score: options.Score = "auto",
     rule: options.Rule = "top",
     top: options.Top = 0.4,
     gain: options.Gain = 1.5,
@@ -409,6 +411,7 @@ def score_command(
     tail_tokens: options.TailTokens = 16,
     max_tokens: options.MaxTokens = None,
     solver: options.Solver = "auto",
+    backend: options.Backend = "auto",
     chunk: options.Chunk = "auto",
     offload: options.Offload = False,
     memory: options.Memory = None,
@@ -760,7 +763,7 @@ def stability_command(
     answer: options.Answer = "auto",
     answer_regex: options.AnswerRegex = None,
     question: options.Question = "prompt",
-    score: options.Score = "throughput",
+    score: options.Score = "auto",
     rule: options.Rule = "top",
     top: options.Top = 0.4,
     gain: options.Gain = 1.5,
@@ -768,6 +771,7 @@ def stability_command(
     tail_tokens: options.TailTokens = 16,
     max_tokens: options.MaxTokens = None,
     solver: options.Solver = "auto",
+    backend: options.Backend = "auto",
     chunk: options.Chunk = "auto",
     offload: options.Offload = False,
     memory: options.Memory = None,
@@ -904,6 +908,9 @@ def faithful_command(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     chat: options.Chat = None,
+    workers: Annotated[
+        int, option(SCALE, "--workers", "Processes that judge traces; they share out the threads.", "N", min=1)
+    ] = 1,
     plot: Annotated[
         bool | None,
         option(OUTPUT, "--plot/--no-plot", "Draw DIR/faithful.png.", show_default="if matplotlib is there"),
@@ -915,7 +922,7 @@ def faithful_command(
     """Compare token scores by what hiding the tokens that they choose does to the answer.
 
     [bold]Examples[/]
-    flowgraph faithful traces.jsonl -m smollm2 --out faithful --limit 100
+    flowgraph faithful traces.jsonl -m smollm2 --out faithful --limit 100 --workers 2
     flowgraph faithful traces.jsonl -m ./model --out faithful --shares 0.05,0.2 --ends top,bottom
     flowgraph faithful traces.jsonl -m ./model --out faithful     # again after a stop: goes on
 
@@ -960,7 +967,15 @@ def faithful_command(
                 advance(float(limit is None or "reason" not in line))
 
             summary = faithful(
-                tracer.model, tracer.tokenizer, source, out, config, name=model, plot=plot, advance=heard
+                tracer.model,
+                tracer.tokenizer,
+                source,
+                out,
+                config,
+                name=model,
+                plot=plot,
+                workers=workers,
+                advance=heard,
             )
     if not quiet:
         terminal.show_faithful(summary)
@@ -987,6 +1002,7 @@ def plan_command(
     edges: options.Edges = "auto",
     chunk: options.Chunk = "auto",
     offload: options.Offload = False,
+    backend: options.Backend = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     verbose: options.Verbose = False,

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 INPUT, MODEL, METHOD, CREDIT, FINE, OUTPUT = (
     "What to trace", "Model", "Graph and flow", "Credit", "Fine tuning", "Output",
 )  # fmt: skip
-SOLVERS = ("auto", "scatter", "scipy", "reference")
+BACKENDS = ("auto", "torch", "torch_scatter", "cupy", "triton")
+SOLVERS = ("auto", "scatter", "scipy", "blocks", "sweep", "reference")
 FINDERS = ("auto", "boxed", "####", "A:", "<answer>", "answer is")
 DIVISIONS = ("sentences", "words", "lines", "steps", "turns")
 RULES = ("top", "proportional", "rank", "softmax", "keep")
@@ -178,9 +179,9 @@ Answer = Annotated[str, choice(METHOD, "--answer", FINDERS, _FINDER)]
 AnswerRegex = Annotated[Any, option(METHOD, "--answer-regex", _REGEX, "REGEX", parser=_parse_pattern)]
 Question = Annotated[str, choice(METHOD, "--question", ("prompt", "user"), _QUESTION)]
 
-_SCORE = "What tokens are ranked by: throughput, reach, or mix, the geometric mean of their shares."
+_SCORE = "What tokens are ranked by: throughput, reach, or mix, the geometric mean of both; auto: what the preset says."
 _RULE = "How scores become weights: top, proportional, rank, softmax; or keep: 1 for the top, 0 for the rest."
-Score = Annotated[str, choice(CREDIT, "--score", ("throughput", "reach", "mix"), _SCORE)]
+Score = Annotated[str, choice(CREDIT, "--score", ("auto", "throughput", "reach", "mix"), _SCORE)]
 Rule = Annotated[str, choice(CREDIT, "--rule", RULES, _RULE)]
 Top = Annotated[float, option(CREDIT, "--top", "Share of the tokens that the rules top and keep pick.", "SHARE")]
 Gain = Annotated[float, option(CREDIT, "--gain", "The highest weight; 1 is neutral.", "WEIGHT")]
@@ -188,7 +189,12 @@ Gain = Annotated[float, option(CREDIT, "--gain", "The highest weight; 1 is neutr
 _NO_ANSWER = "Where none is found: every weight stays 1 (uniform), or the last tokens stand for it (tail)."
 _MAX_TOKENS = "Refuse longer traces. Default: what the model says it can see."
 _SOLVER = (
-    "Of modes edges and sparse: scatter, scipy, reference (dense), or auto: scipy on the CPU and scatter elsewhere."
+    "Of modes edges and sparse: scatter, scipy, blocks, sweep, reference (dense), or auto: scipy on the CPU and "
+    "scatter elsewhere. docs/gpu.md says what each is for."
+)
+_BACKEND = (
+    "The library that computes attention rows and flow: torch, torch_scatter, cupy or triton, which is used or refused "
+    "with the reason; or auto: torch."
 )
 _ABSORB = "Flow leaves the prompt at once and never runs within it."
 _TEMPERATURE = "Of the rule softmax: the lower, the fewer tokens get much."
@@ -196,6 +202,7 @@ NoAnswer = Annotated[str, choice(FINE, "--no-answer", ("uniform", "tail"), _NO_A
 TailTokens = Annotated[int, option(FINE, "--tail-tokens", "How many that are.", "N", min=1)]
 MaxTokens = Annotated[int | None, option(FINE, "--max-tokens", _MAX_TOKENS, "N", min=2)]
 Solver = Annotated[str, choice(FINE, "--solver", SOLVERS, _SOLVER)]
+Backend = Annotated[str, choice(FINE, "--backend", BACKENDS, _BACKEND)]
 _CHUNK = "Tokens per pass through the model, for memory; none: all at once; auto: 4096 in traces over 16,384 tokens."
 Chunk = Annotated[Any, option(FINE, "--chunk", _CHUNK, "N", parser=_parse_chunk)]
 Offload = Annotated[bool, option(FINE, "--offload", "Let queries and keys wait in CPU memory.")]

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from flowgraph.answers import Finder
 from flowgraph.capture import Layers
 from flowgraph.certificate import WITNESSES
-from flowgraph.rows import check_backend, check_kind
+from flowgraph.rows import check_kind
+from flowgraph.solve import LIBRARIES_OF, check_names
 from flowgraph.sparsify import EdgeRule
 
 LONG = 2048
@@ -17,6 +18,11 @@ LONG = 2048
 VERY_LONG, CHUNK = 16384, 4096
 """Traces of more than `VERY_LONG` tokens go through the model `CHUNK` at a time, unless the user says otherwise."""
 
+_SCORE_OF = {"flowgraph": "mix", "paper": "throughput"}
+"""What a preset ranks tokens by."""
+
+_SOLVED_BY_TRITON = [solver for solver, libraries in LIBRARIES_OF.items() if "triton" in libraries]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -24,7 +30,8 @@ class Options:
 
     Attributes:
         layers: "middle" (third of the softmax layers), "all", or layer numbers.
-        preset: "flowgraph": the sinks are the positions that predict the answer; "paper": the answer tokens themselves.
+        preset: "flowgraph": the sinks are the positions that predict the answer, and tokens are ranked by the mix of
+            flow and reach; "paper": the answer tokens themselves, and throughput.
         mode: "edges": attention becomes the edges of a graph, and the flow runs through these. "sparse": the same, and
             what became no edge is kept at low resolution (flowgraph/sparse.py); read once. "exact": the flow of the
             whole attention, streamed twice and never stored; the graph lists the edges that carry most of it. "auto":
@@ -39,7 +46,9 @@ class Options:
             expression (its group 1, if it has one), or a function from the response to a (start, stop) in it.
         question: "prompt": flow starts at every prompt token; "user": only at what the user wrote (chat messages).
         no_answer: "uniform": weights stay 1, flagged; "tail": the last `tail_tokens` tokens stand for the answer.
-        solver, absorb_at_prompt: as in `trace_flow`. score, rule, top, gain, temperature: as in `credit`.
+        solver, absorb_at_prompt: as in `trace_flow`. rule, top, gain, temperature: as in `credit`.
+        score: what tokens are ranked by, as in `credit`. "auto" is what the preset says: "flowgraph": "mix", which won
+            where signals were chosen (docs/evidence.md); "paper": "throughput".
         keep_attention: keep the queries and keys of every trace with it, for `Trace.rows` and what reads attention anew
             (checkpoints, heads of an edge, exact contraction of long traces). O(N) memory per layer and head.
         chunk: tokens per pass through the model, for memory: activations are those of a chunk, and in sparse mode the
@@ -52,8 +61,10 @@ class Options:
             whole process. None: nobody checks.
         witnesses: in sparse mode, of so many tokens whole rows and columns are kept, for the estimates of the
             certificate; 0: none. Two float32 numbers per token each.
-        backend: what computes attention rows: "torch"; "triton", the kernels of `flowgraph.triton_rows` (a GPU, and a
-            model that is not float64; refused elsewhere); "auto": torch, until a GPU has seen and timed the kernels.
+        backend: the library that computes. "torch". "triton": attention by the kernels of FlowGraph (a GPU, and a model
+            that is not float64; refused elsewhere), and graphs, unless another `solver` is named, by `solver="sweep"`.
+            "torch_scatter", "cupy": attention by torch, graphs as in `trace_flow` (not in mode "exact", which has
+            none). "auto": torch, until a GPU has seen and timed the kernels.
         max_tokens: longest trace; None takes the model's own window, `config.max_position_embeddings`.
     """
 
@@ -68,7 +79,7 @@ class Options:
     tail_tokens: int = 16
     solver: str = "auto"
     absorb_at_prompt: bool = False
-    score: str = "throughput"
+    score: str = "auto"
     rule: str = "top"
     top: float = 0.4
     gain: float = 1.5
@@ -87,7 +98,7 @@ class Options:
         if self.mode not in ("auto", "edges", "sparse", "exact"):
             raise ValueError(f'mode must be "auto", "edges", "sparse" or "exact", got {self.mode!r}')
         check_kind(self.weights)
-        check_backend(self.backend)
+        check_names(self.solver, self.solve_backend)
         if self.memory is not None and (type(self.memory) is not int or self.memory < 1):
             raise ValueError(f"memory must be None or a number of bytes, got {self.memory!r}")
         if self.chunk not in ("auto", None) and (not isinstance(self.chunk, int) or self.chunk < 2):
@@ -95,6 +106,11 @@ class Options:
         if self.mode == "exact" and self.solver != "auto":
             raise ValueError(
                 f'mode="exact" has a solver of its own, got solver={self.solver!r}; use mode="edges" for it'
+            )
+        if self.mode == "exact" and self.rows_backend != self.backend:
+            raise ValueError(
+                f'mode="exact" has no graph to solve, and backend={self.backend!r} does nothing else; use mode="edges" '
+                'for it, or backend="auto"'
             )
         if isinstance(self.witnesses, bool) or not isinstance(self.witnesses, int) or self.witnesses < 0:
             raise ValueError(f"witnesses must be a number of tokens, 0 or more, got {self.witnesses!r}")
@@ -107,7 +123,24 @@ class Options:
             return self.mode
         if num_tokens <= LONG or self.edges is not None:
             return "edges"
-        return "exact" if self.keep_attention and self.solver == "auto" else "sparse"
+        by_rows = self.solver == "auto" and self.rows_backend == self.backend
+        return "exact" if self.keep_attention and by_rows else "sparse"
+
+    @property
+    def score_name(self) -> str:
+        """What tokens are ranked by; never "auto"."""
+        return _SCORE_OF.get(self.preset, "throughput") if self.score == "auto" else self.score
+
+    @property
+    def rows_backend(self) -> str:
+        """What computes attention rows: "auto", "torch" or "triton"."""
+        return self.backend if self.backend in ("auto", "triton") else "torch"
+
+    @property
+    def solve_backend(self) -> str:
+        """The `backend` of `trace_flow`: where rows are Triton's and the solver is another, the solver's own."""
+        for_rows = self.backend == "triton" and self.solver not in ("auto", *_SOLVED_BY_TRITON)
+        return "auto" if for_rows else self.backend
 
     def chunk_of(self, num_tokens: int) -> int | None:
         """Tokens per pass for a trace of this length; None: all."""

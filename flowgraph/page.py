@@ -28,6 +28,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from flowgraph.credit import SCORES
+
 _TEMPLATES = Path(__file__).parent / "templates"
 _KEYS = (
     "version", "model", "layers", "rule", "preset", "solver", "score", "flags",
@@ -41,7 +43,6 @@ _ANSWER: dict[str, type] = {"text": str, "start": int, "stop": int, "finder": st
 _SEGMENTS: dict[str, type] = {"start": int, "stop": int, "kind": str, "flow": float}  # each of length M
 _CHECKPOINT: dict[str, type] = {"start": int, "stop": int, "lost": float}
 _ROLES = ("prompt", "response", "answer", "other")
-_SCORES = ("throughput", "reach", "mix")
 
 # What could end the script element or the line, and what UTF-8 can't hold.
 _UNSAFE_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
@@ -117,8 +118,8 @@ def _packed(trace: Any, where: str) -> dict[str, Any]:
     }
     clean["layers"] = _column(trace["layers"], int, f"{where}['layers']").tolist()
     clean["flags"] = _column(trace["flags"], str, f"{where}['flags']")
-    if clean["score"] not in _SCORES:
-        raise ValueError(f"{where}['score'] must be one of {_SCORES}, got {clean['score']!r}")
+    if clean["score"] not in SCORES:
+        raise ValueError(f"{where}['score'] must be one of {SCORES}, got {clean['score']!r}")
     if trace.get("title") is not None:
         clean["title"] = _value(trace["title"], str, f"{where}['title']")
 

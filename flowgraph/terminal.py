@@ -162,7 +162,7 @@ def show(trace: Trace, seconds: float | None = None) -> None:
     if coloured:
         shades = SHADES_OF_16 if out.color_system in ("standard", "windows") else SHADES
         out.print(_heat_map(trace, shades))
-        out.print(_legend(trace.options.score, shades))
+        out.print(_legend(trace.options.score_name, shades))
         out.print()
     out.print(_facts(trace, seconds), soft_wrap=True)
     _show_flags(trace.flags)
@@ -224,7 +224,7 @@ def _facts(trace: Trace, seconds: float | None) -> Text:
 
 
 def _top_tokens(trace: Trace, coloured: bool, count: int = 10) -> Table:
-    score_name = trace.options.score
+    score_name = trace.options.score_name
     table = Table(
         title=f"Top tokens by {score_name}", title_style="bold", title_justify="left", box=None, pad_edge=False
     )

@@ -141,7 +141,7 @@ class Trace:
         if self.captured is None:
             raise ValueError("the attention of this trace is gone; trace it with keep_attention=True to read it again")
         how = self.options
-        return self.captured.rows(self.row, self.positions, weights=how.weights, backend=how.backend)
+        return self.captured.rows(self.row, self.positions, weights=how.weights, backend=how.rows_backend)
 
     def contract(self, by: str | Splitter | Segments = "sentences") -> Flow:
         """The flow between segments; see `flowgraph.contract`. In exact mode from the attention, if it was kept."""
@@ -173,7 +173,7 @@ class Trace:
             "rule": graph.rule,
             "preset": self.options.preset,
             "solver": self.flow.solver,
-            "score": self.options.score,
+            "score": self.options.score_name,
             "flags": list(self.flags),
             "answer": found | {"start": answer[0], "stop": answer[-1] + 1} if answer else None,
             "tokens": {

@@ -200,7 +200,7 @@ class Tracer:
         flows, witnesses = _flows(options, attention, input_ids, rows, places, spans)
         flow = Flow.of_batch(flows)
         how = {name: getattr(options, name) for name in ("rule", "top", "gain", "temperature")}
-        credits = credit(flow, options.score, **how)
+        credits = credit(flow, options.score_name, **how)
         traces = []
         for n, (one, credited) in enumerate(zip(flows, credits, strict=True)):
             text = self.pieces(one.graph.token_ids)
@@ -223,7 +223,7 @@ class Tracer:
             chunk=chunk,
             weights=options.weights,
             offload=options.offload,
-            backend=options.backend,
+            backend=options.rows_backend,
         )
         return _Attention(rows, rows.device, rows.model, rows.layers)
 
@@ -274,7 +274,7 @@ class _Attention(NamedTuple):
 
 
 def _captured_rows(captured: Capture, row: int, positions: Tensor, options: Options) -> _Attention:
-    rows = captured.rows(row, positions, weights=options.weights, backend=options.backend)
+    rows = captured.rows(row, positions, weights=options.weights, backend=options.rows_backend)
     return _Attention(rows, captured.device, captured.model, captured.layers)
 
 
@@ -319,7 +319,7 @@ def _flows(
             graphs[n] = TokenGraph.from_sparse(sparsify(one.rows, options.edges), **roles)
     if graphs:
         batch = Batch.from_data_list(list(graphs.values()))
-        together = trace_flow(batch, options.solver, absorb_at_prompt=options.absorb_at_prompt)
+        together = trace_flow(batch, options.solver, options.solve_backend, absorb_at_prompt=options.absorb_at_prompt)
         flows |= dict(zip(graphs, together, strict=True))
     return [flows[n] for n in range(len(rows))], witnesses
 

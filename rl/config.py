@@ -62,7 +62,7 @@ class FlowConfig(Options):
         super().__post_init__()
         # What else would only show up as samples that fail, one by one.
         for name, choices in (
-            ("score", (*SCORES, *BASELINES)),
+            ("score", ("auto", *SCORES, *BASELINES)),
             ("preset", PRESETS),
             ("no_answer", NO_ANSWER),
             ("signs", get_args(Signs)),
@@ -86,7 +86,7 @@ class FlowConfig(Options):
     def options(self) -> dict[str, Any]:
         """The fields of `Options`, by name, for a `Tracer`; a baseline needs no tracer of its own."""
         values = {option.name: getattr(self, option.name) for option in fields(Options)}
-        return values | ({"score": SCORES[0]} if self.score in BASELINES else {})
+        return values | ({"score": "auto"} if self.score in BASELINES else {})
 
     def part(self, step: int) -> float:
         """How much of the gain holds at a step, counted from 0: warm-up and annealing."""

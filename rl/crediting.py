@@ -38,6 +38,8 @@ COUNTED = ("no_answer", "cut_off", "no_flow", "empty", "failed")
 _AFTER_SCORING = ("rule", "top", "gain", "temperature", "witnesses")
 _SCORING = (*(option.name for option in fields(Options) if option.name not in _AFTER_SCORING), "seed", "heads")
 """Options that a score depends on: the scorer goes by its own."""
+_SAID = {"score": "score_name"}
+"""Option -> what to compare in its place, where two values may mean the same."""
 
 
 class Factors(Sequence[Tensor]):
@@ -104,7 +106,7 @@ class Crediting:
         self.scorer = scorer
         self.config = scorer.config if config is None else config
         for name in _SCORING:
-            wanted, given = getattr(self.config, name), getattr(scorer.config, name)
+            wanted, given = (getattr(config, _SAID.get(name, name)) for config in (self.config, scorer.config))
             if wanted != given:
                 raise ValueError(
                     f"config has {name}={wanted!r}, but the scorer was made with {name}={given!r} and goes by that; "

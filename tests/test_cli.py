@@ -28,7 +28,7 @@ from flowgraph.exact import exact_flow
 from flowgraph.flow import Flow
 from flowgraph.measures import MEASURES, measures
 from flowgraph.options import Options
-from flowgraph.solve import SOLVERS, Solution, System
+from flowgraph.solve import BACKENDS, SOLVERS, Solution, System
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, RESPONSE = "What is 6 times 7?", "6 times 7 is 42.\nThe answer is 42."
@@ -124,11 +124,19 @@ def test_version() -> None:
 
 def test_choices_are_those_of_the_library_and_help_names_them() -> None:
     assert ("auto", *SOLVERS) == cli_options.SOLVERS
+    assert ("auto", *BACKENDS) == cli_options.BACKENDS
     assert ("auto", *answers.FINDERS) == cli_options.FINDERS
     assert tuple(_RULES) == cli_options.RULES
     assert set(segments._SPLITTERS) == set(cli_options.DIVISIONS)
     assert set(terminal.FLAGS) == {*answers.FLAGS, "no_flow"}
-    choices = (*cli_options.SOLVERS, *cli_options.FINDERS, *cli_options.RULES, *SCORES, *spans.PRESETS)
+    choices = (
+        *cli_options.SOLVERS,
+        *cli_options.BACKENDS,
+        *cli_options.FINDERS,
+        *cli_options.RULES,
+        *SCORES,
+        *spans.PRESETS,
+    )
     for command in ("trace", "report", "score", "stability"):
         text = good(command, "--help").stdout
         for choice in (*choices, *spans.NO_ANSWER, "edges", "exact", "prompt", "user", "float32", "bfloat16"):
@@ -188,12 +196,12 @@ OPTIONS: list[tuple[list[str], Options]] = [
             *("--layers", "0,2", "--preset", "paper", "--mode", "edges", "--edges", "top:5", "--answer", "answer is"),
             *("--score", "reach", "--rule", "softmax", "--top", "0.2", "--gain", "3", "--no-answer", "tail"),
             *("--tail-tokens", "4", "--max-tokens", "100", "--solver", "scatter", "--absorb-at-prompt"),
-            *("--temperature", "0.5", "--question", "user"),
+            *("--backend", "torch", "--temperature", "0.5", "--question", "user"),
         ],
         Options(
             layers=[0, 2], preset="paper", mode="edges", edges=TopK(5), answer="answer is", score="reach",
             rule="softmax", top=0.2, gain=3.0, no_answer="tail", tail_tokens=4, max_tokens=100, solver="scatter",
-            absorb_at_prompt=True, temperature=0.5, question="user",
+            backend="torch", absorb_at_prompt=True, temperature=0.5, question="user",
         ),
     ),
     (["--mode", "exact", "--edges", "mass:0.9"], Options(mode="exact", edges=Mass(0.9))),
@@ -222,8 +230,8 @@ def test_every_option_reaches_the_tracer(
 def test_some_options_differ_from_the_default_in_every_field() -> None:
     given = [options for _, options in OPTIONS]
     same = [field.name for field in fields(Options) if len({str(getattr(o, field.name)) for o in given}) == 1]
-    # The first two are of use only where a trace stays in memory; no GPU has seen the other backend.
-    assert same == ["keep_attention", "witnesses", "backend"]
+    # These are of use only where a trace stays in memory.
+    assert same == ["keep_attention", "witnesses"]
 
 
 def test_dtype_device_and_chat(folder: Path, seen: Seen) -> None:
@@ -297,7 +305,7 @@ def test_trace_writes_files_and_quiet_says_nothing(folder: Path, tmp_path: Path)
 def test_without_colours_a_table_stands_for_the_heat_map(folder: Path) -> None:
     result = good(*trace(folder))
     assert "\x1b" not in result.output
-    assert "Top tokens by throughput" in result.stdout
+    assert "Top tokens by mix" in result.stdout
     assert 'answer "42" (answer is)' in result.stdout
     assert "»" in result.stdout
     assert "low" not in result.stdout
@@ -353,10 +361,11 @@ def test_a_long_prompt_is_shortened_on_the_terminal(folder: Path, monkeypatch: p
         (["-p", PROMPT, "-r", RESPONSE, "--edges", "most"], "a threshold like 1/1024"),
         (["-p", PROMPT, "-r", RESPONSE, "--edges", "1/0"], "a threshold like 1/1024"),
         (["-p", PROMPT, "-r", RESPONSE, "--edges", "mass:2"], "must be in (0, 1]"),
-        (["-p", PROMPT, "-r", RESPONSE, "--edges", "top:0"], "whole number >= 1"),
+        (["-p", PROMPT, "-r", RESPONSE, "--edges", "top:-1"], "whole number >= 0"),
         (["-p", PROMPT, "-r", RESPONSE, "--answer", "box"], "auto, boxed, ####"),
         (["-p", PROMPT, "-r", RESPONSE, "--answer-regex", "("], "no regular expression"),
-        (["-p", PROMPT, "-r", RESPONSE, "--solver", "magic"], "scatter, scipy, reference"),
+        (["-p", PROMPT, "-r", RESPONSE, "--solver", "magic"], "scatter, scipy, blocks, sweep, reference"),
+        (["-p", PROMPT, "-r", RESPONSE, "--backend", "gpu"], "auto, torch, torch_scatter, cupy, triton"),
         (["-p", PROMPT, "-r", RESPONSE, "--mode", "fast"], "is not one of auto, edges"),
         (["-p", PROMPT, "-r", RESPONSE, "--mode", "exact", "--solver", "scipy"], "has a solver of its own"),
         (["-p", PROMPT, "-r", RESPONSE, "--question", "all"], "prompt, user"),
@@ -403,6 +412,8 @@ def test_what_cannot_be_done_is_1_in_one_line(folder: Path, tmp_path: Path) -> N
         ([*here, "--jsonl", tmp_path / "in.jsonl", "--line", "9"], "has no line 9; its last one is 1"),
         ([*trace(folder), "--layers", "7"], "7"),
         ([*trace(folder), "--device", "cuda:99"], "there is no device cuda:99 here"),
+        ([*trace(folder), "--backend", "triton", "--device", "cpu"], "needs a GPU"),
+        ([*trace(folder), "--edges", "top:0"], "keeps no edge"),
         ([*trace(folder), "--html", tmp_path], "Is a directory"),
         ([*here, "-p", "p " * 500, "-r", RESPONSE], "more than the 128 that the model can see"),
         ([*trace(folder), "--max-tokens", "20"], "more than the 20"),
@@ -555,6 +566,18 @@ def test_overwrite(folder: Path, rows: Path) -> None:
     out.write_bytes(b"old")
     assert good("score", rows, out, "-m", folder, "--overwrite", "-q").output == ""
     assert len(pd.read_parquet(out)) == 3
+
+
+def test_a_folder_goes_on_with_the_backend_that_it_was_begun_with(folder: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores"
+    command: list[str | Path] = ["score", rows, out, "-m", folder, "--device", "cpu"]
+    invoke(*command, "--backend", "torch", "-q")
+    before = {path: path.read_bytes() for path in out.rglob("*.parquet")}
+    assert before
+    message = refused(1, *command)
+    assert "was begun otherwise" in message and "backend" in message
+    invoke(*command, "--backend", "torch", "-q")
+    assert before == {path: path.read_bytes() for path in out.rglob("*.parquet")}
 
 
 def test_options_that_no_row_could_be_traced_with_stop_the_run(folder: Path, rows: Path) -> None:

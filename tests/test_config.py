@@ -63,7 +63,7 @@ def test_plain_values_that_are_refused(values: dict[str, Any], message: str) -> 
         ({"top": 0}, "top must be in"),
         ({"gain": -1}, "gain must be finite"),
         ({"temperature": 0}, "temperature must be > 0"),
-        ({"score": "luck"}, r"score must be one of \['throughput', 'reach', .*'random'"),
+        ({"score": "luck"}, r"score must be one of \['auto', 'throughput', 'reach', .*'random'"),
         ({"preset": "mine"}, "preset must be one of"),
         ({"no_answer": "drop"}, "no_answer must be one of"),
         ({"answer": "latex"}, "unknown finder 'latex'"),

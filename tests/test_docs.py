@@ -133,10 +133,10 @@ def test_the_page_on_rl(names: dict[str, Any], capsys: pytest.CaptureFixture[str
     assert credited.any(1).tolist() == [True, True, False] and not (credited & ~names["response_mask"]).any()
     # The comparison: plain training credits nothing, the others the same share of the same mask.
     shares = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert list(shares) == ["uniform", "random", "entropy", "throughput"]
-    assert float(shares["uniform"]) == 0 < float(shares["throughput"])
+    assert list(shares) == ["uniform", "random", "entropy", "mix"]
+    assert float(shares["uniform"]) == 0 < float(shares["mix"])
     # Only what needs an answer leaves the response without one alone.
-    assert float(shares["random"]) == float(shares["entropy"]) > float(shares["throughput"])
+    assert float(shares["random"]) == float(shares["entropy"]) > float(shares["mix"])
     assert names["seen"]["place_stability"] == pytest.approx(1)
 
 

@@ -176,7 +176,7 @@ WITH_TRAINERS = {
 }
 
 
-OF_AN_EXTRA = {"flowgraph/triton_rows.py"}
+OF_AN_EXTRA = {f"flowgraph/triton_{name}.py" for name in ("rows", "sweeps", "pools", "solve")}
 """Kernels: imported by who has named their backend."""
 
 

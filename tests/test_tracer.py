@@ -272,11 +272,24 @@ def test_text_and_messages(smollm2: tuple[Any, Any]) -> None:
         assert "answer '48'" in repr(trace)
         assert [position for position, _, _ in trace.top(5)] == sorted(
             trace.graph.credit_mask.nonzero().flatten().tolist(),
-            key=lambda i: (-float(trace.throughput[i]), i),
+            key=lambda i: (-float(trace.credit.scores[i]), i),
         )[:5]
         assert json.loads(json.dumps(trace.to_dict()))["answer"]["text"] == "48"
     whole = tracer([{"role": "user", "content": QUESTION}, {"role": "assistant", "content": RESPONSE}])
     assert torch.equal(whole.weights, trace.weights)
+
+
+@pytest.mark.real
+def test_the_preset_says_what_tokens_are_ranked_by(smollm2: tuple[Any, Any]) -> None:
+    def ranked_by(**options: Any) -> tuple[str, Tensor, Any]:
+        trace = Tracer(*smollm2, layers=[10], **options)(QUESTION, RESPONSE)
+        return trace.to_dict()["score"], trace.credit.scores, trace.flow
+
+    name, scores, flow = ranked_by()
+    assert name == "mix" and torch.equal(scores, credit(flow, "mix").scores)
+    for options in ({"preset": "paper"}, {"score": "throughput"}):
+        name, scores, flow = ranked_by(**options)
+        assert name == "throughput" and torch.equal(scores, flow.throughput)
 
 
 @pytest.mark.real
@@ -323,9 +336,9 @@ def test_credits_equal_dense_eager_attention_on_real_reasoning(
             mask = trace.graph.response_mask & (theirs > 0)
             assert spearmanr(ours[mask], theirs[mask]).statistic >= 0.9999
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-9)
-        assert torch.equal(trace.weights.double(), credit_of(exact, trace.graph.credit_mask))
+        assert torch.equal(trace.weights.double(), credit_of(exact, trace.graph.credit_mask, trace.options.score_name))
 
 
-def credit_of(flow: Any, credit_mask: Tensor) -> Tensor:
+def credit_of(flow: Any, credit_mask: Tensor, score: str) -> Tensor:
     flow.graph.credit_mask = credit_mask
-    return credit(flow).weights
+    return credit(flow, score).weights
