@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from flowgraph import Threshold, Trace, Tracer, capture, sparsify, trace_flow
+from flowgraph import Threshold, Trace, Tracer, capture, credit, sparsify, trace_flow
 from flowgraph.stability import Stability, layer_agreement, stability, summarize
 from tests.written import TOKENIZER, policy
 
@@ -114,8 +114,8 @@ def test_halves_of_heads_share_none_and_leave_none_out(model: Any, found: Stabil
             role: default.graph[role] for role in ("prompt_mask", "answer_mask", "response_mask", "credit_mask")
         }
         flow = trace_flow(type(default.graph).from_sparse(sparsify(rows, None), **roles))
-        flows.append(flow.throughput[default.credit.mask])
-        expected = stats.spearmanr(flows[-1], default.throughput[default.credit.mask]).statistic
+        flows.append(credit(flow, "mix").scores[default.credit.mask])
+        expected = stats.spearmanr(flows[-1], default.credit.scores[default.credit.mask]).statistic
         assert found[name].spearman == pytest.approx(expected, abs=2e-3)
     once = stability(Tracer(model, TOKENIZER), PROMPT, RESPONSE, groups=["heads"], halves=1)
     assert once.head_agreement == pytest.approx(stats.spearmanr(*flows).statistic, abs=2e-3)

@@ -43,6 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.mark.slow
 @compiled
 def test_the_kernels_in_the_interpreter() -> None:
     run_interpreted(__file__)

@@ -38,6 +38,7 @@ from tests.interpreted import poisoned as poisoned
 kernels = pytest.mark.usefixtures("poisoned")
 
 
+@pytest.mark.slow
 @compiled
 def test_the_kernels_in_the_interpreter() -> None:
     run_interpreted(__file__)
