@@ -254,18 +254,30 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     check_backend(backend)
     if backend != "triton":
         return "torch"
-    if find_spec("triton") is None:
-        raise ImportError('backend="triton" needs Triton: pip install "flowgraph-llm[cuda]"')
     if dtype == torch.float64:
         raise ValueError('backend="triton" computes in float32 and the model is float64: use backend="torch"')
+    check_triton(device, 'backend="triton" needs a GPU and the tensors are on the CPU: use backend="torch"')
+    return "triton"
+
+
+def check_triton(device: torch.device, on_a_cpu: str) -> None:
+    """Can kernels run there?
+
+    Args:
+        on_a_cpu: the error on a CPU, where only the interpreter runs them.
+
+    Raises:
+        ImportError: Triton isn't installed. ValueError: it is a CPU.
+    """
+    if find_spec("triton") is None:
+        raise ImportError('backend="triton" needs Triton: pip install "flowgraph-llm[cuda]"')
     from flowgraph.triton_rows import INTERPRETED
 
     if device.type == "cpu" and not INTERPRETED:
         raise ValueError(
-            'backend="triton" needs a GPU and the tensors are on the CPU: use backend="torch", or, to check the '
-            "kernels, Triton's interpreter (TRITON_INTERPRET=1 in the environment, before anything imports triton)"
+            f"{on_a_cpu}, or, to check the kernels, Triton's interpreter (TRITON_INTERPRET=1 in the environment, "
+            "before anything imports triton)"
         )
-    return "triton"
 
 
 class AttentionRows(BlockedRows):

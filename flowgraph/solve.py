@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from flowgraph.blocks import BlockJacobi
 from flowgraph.layers import AnswerReachability, FlowPropagation, Scaled
+from flowgraph.rows import check_triton
 from flowgraph.sums import LIBRARIES, Groups, check_library
 
 LARGEST = 1e250
@@ -359,20 +359,8 @@ def choose(solver: str, backend: str, device: Any) -> tuple[str, str]:
         )
     check_library(backend, device)
     if backend == "triton":
-        _check_triton(device)
+        check_triton(device, 'solver="sweep" needs a GPU and the graph is on the CPU: use solver="scipy"')
     return solver, backend
-
-
-def _check_triton(device: torch.device) -> None:
-    if find_spec("triton") is None:
-        raise ImportError('backend="triton" needs Triton: pip install "flowgraph-llm[cuda]"')
-    from flowgraph.triton_solve import INTERPRETED
-
-    if device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            'solver="sweep" needs a GPU and the graph is on the CPU: use solver="scipy", or, to check the kernel, '
-            "Triton's interpreter (TRITON_INTERPRET=1 in the environment, before anything imports triton)"
-        )
 
 
 def solvers_for(device: Any) -> list[tuple[str, str]]:

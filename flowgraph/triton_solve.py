@@ -25,13 +25,14 @@ Shapes: N tokens, E edges, B graphs.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from flowgraph.triton_rows import COMPILED, on_device
 
 
 @triton.jit
@@ -102,16 +103,12 @@ def _sweep_kernel(  # type: ignore[no-untyped-def]
         tl.debug_barrier()  # all lanes see x, and are done with the square
 
 
-INTERPRETED = not isinstance(_sweep_kernel, triton.JITFunction)
-"""Does Triton's interpreter run the kernel? (`TRITON_INTERPRET=1`, set before triton is imported.)"""
-
 BLOCK, CHUNK, LONG, WIDE = 32, 32, 256, 1024
 """32 rows are one to a lane of a warp, of which each holds all: what a token hands to the next never leaves the warp.
 32 x 32 edges are 8 to each of 128 threads; the square takes 8 KiB, and stays in the first-level cache."""
 
-_LAUNCH: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-"""One stage: loads must not be moved before the stores of the block before them. Said and not left to the version of
-Triton."""
+_LAUNCH: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
+"""One stage: loads must not be moved before the stores of the block before them."""
 
 
 def sweep(graph_ptr: Tensor, edge_ptr: Tensor, other: Tensor, weight: Tensor, rhs: Tensor, *, backward: bool) -> Tensor:
@@ -126,9 +123,9 @@ def sweep(graph_ptr: Tensor, edge_ptr: Tensor, other: Tensor, weight: Tensor, rh
     x = torch.empty_like(rhs)
     squares = torch.empty(B, BLOCK, BLOCK, dtype=torch.float64, device=rhs.device)
     other, weight = other.to(torch.int32).contiguous(), weight.contiguous()
-    with torch.cuda.device(rhs.device) if rhs.device.type == "cuda" else nullcontext():
+    with on_device(rhs.device):
         _sweep_kernel[(B,)](
             x, squares, rhs.contiguous(), graph_ptr.contiguous(), edge_ptr.contiguous(), other, weight,
-            BACKWARD=backward, BLOCK=BLOCK, CHUNK=CHUNK, LONG=LONG, WIDE=WIDE, **_LAUNCH,
+            BACKWARD=backward, BLOCK=BLOCK, CHUNK=CHUNK, LONG=LONG, WIDE=WIDE, **_LAUNCH, **COMPILED,
         )  # fmt: skip
     return x

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flowgraph.rows import LayerQK
+from tests import attention
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -30,12 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 Visible = Callable[[Tensor, Tensor], Tensor]
 
 
-def run_interpreted(file: str) -> None:
+def run_interpreted(file: str | Path, seconds: float = 600, **environment: str) -> None:
     """The tests of a file that are for the interpreter."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(file).resolve())]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
-    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"} | environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "failed" not in done.stdout
     print(done.stdout.splitlines()[-1])
@@ -91,17 +91,7 @@ def layer(
 
 def with_log_sum(one: LayerQK, positions: Tensor) -> LayerQK:
     """From float64, densely."""
-    H, K, N = len(one.query), len(one.key), one.key.shape[1]
-    scores = one.query.double() @ one.key.double().repeat_interleave(H // K, 0).mT * one.scaling
-    if one.softcap is not None:
-        scores = one.softcap * torch.tanh(scores / one.softcap)
-    seen = torch.ones(N, N, dtype=torch.bool).tril()
-    if one.visible is not None:
-        seen &= one.visible(positions, positions)
-    total = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
-    if one.sink_logits is not None:
-        total = torch.logaddexp(total, one.sink_logits.double()[:, None])
-    return replace(one, log_sum=total.float())
+    return replace(one, log_sum=attention.log_sum(one, positions).float())
 
 
 SHAPES: dict[str, tuple[int, int, dict[str, Any]]] = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from flowgraph import AnswerReachability, FlowPropagation, Tracer, solve, sums, trace_flow
+from flowgraph import AnswerReachability, FlowPropagation, Tracer, rows, sums, trace_flow
 from flowgraph.options import Options
 from flowgraph.solve import AUTO, LIBRARIES_OF, choose, solvers_for
 from flowgraph.sums import Groups
@@ -167,7 +167,7 @@ def test_what_does_not_go_together_is_refused(solver: str, backend: str, device:
 
 
 def test_what_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sums, solve):
+    for module in (sums, rows):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     for backend, extra in (("torch_scatter", "scatter"), ("cupy", "cuda"), ("triton", "cuda")):
         with pytest.raises(ImportError, match=rf'backend="{backend}" needs .*pip install "flowgraph-llm\[{extra}\]"'):

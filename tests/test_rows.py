@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowgraph import rows as rows_module
 from flowgraph.rows import AttentionRows, BlockedRows, DenseRows, KeptRows, LayerQK, RowBlock
+from tests import attention
 
 N, D = 45, 8
 POSITIONS = torch.arange(3, 3 + N)
@@ -35,27 +36,14 @@ def layer(
     return LayerQK(query, key, scaling=0.7, value_norm=norms, **more)
 
 
-def scores(one: LayerQK) -> Tensor:
-    """[H, N, N] float64 scaled, soft-capped and masked."""
-    H, K = len(one.query), len(one.key)
-    out = one.query.double() @ one.key.double().repeat_interleave(H // K, 0).mT * one.scaling
-    if one.softcap is not None:
-        out = one.softcap * torch.tanh(out / one.softcap)
-    seen = torch.ones(N, N, dtype=torch.bool).tril()
-    if one.visible is not None:
-        seen &= one.visible(POSITIONS, POSITIONS)
-    return out.masked_fill(~seen, -torch.inf)
-
-
 def log_sum(one: LayerQK) -> Tensor:
     """[H, N] float64, the sink included."""
-    total = scores(one).logsumexp(-1)
-    return total if one.sink_logits is None else torch.logaddexp(total, one.sink_logits.double()[:, None])
+    return attention.log_sum(one, POSITIONS)
 
 
 def by_head(one: LayerQK) -> Tensor:
     """[H, N, N] float64 attention."""
-    return (scores(one) - log_sum(one)[:, :, None]).exp()
+    return (attention.scores(one, POSITIONS) - log_sum(one)[:, :, None]).exp()
 
 
 def dense(layers: list[LayerQK], weights: str = "attention") -> Tensor:

@@ -1,17 +1,13 @@
 """The sweep of Triton solves what the other solvers solve, as far as Triton's interpreter can tell.
 
-Triton asks once, when it is imported, whether to interpret: the tests of the kernel run in a process of their own,
-which one test starts; the laws in another one. Every tensor that the kernel is to fill is NaN before.
+The tests of the kernel run in a process of their own, which one test starts (tests/interpreted.py), the laws in
+another.
 
     TRITON_INTERPRET=1 python -m pytest tests/test_triton_solve.py      runs them directly
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,57 +21,23 @@ from flowgraph.rows import DenseRows
 from flowgraph.sparse import sparse_graph
 from flowgraph.sparsify import Threshold
 from tests.graphs import attention, chain, mask_of, random_graph
-
-pytest.importorskip("triton", reason="needs triton")
-
-IN_THE_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not IN_THE_INTERPRETER, reason="runs in the interpreter's own process")
-compiled = pytest.mark.skipif(IN_THE_INTERPRETER, reason="needs Triton's compiler")
+from tests.interpreted import compiled, for_an_h100, interpreted, run_interpreted
+from tests.interpreted import draw as draw
+from tests.interpreted import poisoned as poisoned
 
 HERE = Path(__file__).resolve()
-
-
-def in_the_interpreter(*files: Path) -> None:
-    environment = {"TRITON_INTERPRET": "1", "FLOWGRAPH_SOLVERS": "sweep", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
-        cwd=HERE.parents[1],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout and "failed" not in done.stdout
-    print(done.stdout.splitlines()[-1])
+INTERPRETED: dict[str, Any] = {"seconds": 900, "FLOWGRAPH_SOLVERS": "sweep", "OMP_NUM_THREADS": "1"}
 
 
 @compiled
 def test_the_kernel_in_the_interpreter() -> None:
-    in_the_interpreter(HERE)
+    run_interpreted(HERE, **INTERPRETED)
 
 
 @compiled
 @pytest.mark.slow
 def test_the_laws_hold_in_the_interpreter() -> None:
-    in_the_interpreter(HERE.with_name("test_laws.py"))
-
-
-@pytest.fixture
-def draw() -> torch.Generator:
-    """Other numbers in every run, and a failure says which."""
-    seed = int(os.environ.get("FLOWGRAPH_SEED") or torch.seed() % 2**31)
-    print(f"FLOWGRAPH_SEED={seed}")
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fresh tensors are NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    run_interpreted(HERE.with_name("test_laws.py"), **INTERPRETED)
 
 
 @pytest.fixture
@@ -205,24 +167,14 @@ def test_on_a_cpu_it_is_refused() -> None:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_the_kernel_compiles_for_an_h100(backward: bool) -> None:
     """No atomics; no load by ways that miss stores or run ahead of them; and a token hands on by one shuffle."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from flowgraph import triton_solve
 
     kernel = triton_solve._sweep_kernel
     sizes = ("BLOCK", "CHUNK", "LONG", "WIDE")
     constants = {"BACKWARD": backward} | {name: getattr(triton_solve, name) for name in sizes}
-    types = {"graph_ptr": "*i64", "edge_ptr": "*i64", "other": "*i32", "weight": "*fp32"}
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        signature={name: "constexpr" if name in constants else types.get(name, "*fp64") for name in names},
-        constexprs=constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in names if name not in constants},
-    )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=triton_solve._LAUNCH)
+    pointers = {name for name in kernel.arg_names if name not in constants}
+    types = dict.fromkeys(pointers, "*fp64") | {"graph_ptr": "*i64", "edge_ptr": "*i64", "other": "*i32"}
+    made = for_an_h100(kernel, types | {"weight": "*fp32"}, constants, pointers, **triton_solve._LAUNCH)
     ptx = made.asm["ptx"]
     for unwanted in ("atom", "red.global", "ld.global.nc", "cp.async"):
         assert unwanted not in ptx
