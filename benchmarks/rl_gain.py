@@ -47,6 +47,7 @@ from trl.trainer.grpo_config import GRPOConfig
 import flowgraph
 from benchmarks.rl_tasks import TASKS, Recipe, Task, load_policy, prompts_of, symbols
 from flowgraph.adapters.evidence.statistics import Interval, student
+from flowgraph.adapters.evidence.summary import grid, number
 from flowgraph.adapters.trl import FlowConfig, FlowGRPOTrainer
 from flowgraph.rl.samples import Sample
 from flowgraph.rl.scorer import Credits, SampleScore, Scorer
@@ -353,6 +354,20 @@ def _against(mine: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping
     if len(seeds) >= FEWEST and area.excludes_zero:
         verdict = "better" if area.low > 0 else "worse"
     return {"pairs": len(seeds), **{name: asdict(one) for name, one in found.items()}, "verdict": verdict}
+
+
+def arms_table(found: Mapping[str, Any]) -> str:
+    """What GRPO came to with each signal in one task, of `rl_gain.summarise`."""
+    rows = []
+    for arm, one in found["arms"].items():
+        against = [one["against"].get(other) for other in ("uniform", "random")]
+        words = [
+            text for x in against for text in (("", "") if x is None else (number(x["area"], "+.3f"), x["verdict"]))
+        ]
+        cells = [str(one["seeds"]), number(one["final"]), number(one["area"])]
+        rows.append([f"`{arm}`", *cells, *words, f"{one['cpu_seconds']:.0f}"])
+    heads = ("arm", "seeds", "final", "area", "area - uniform", "against uniform", "area - random", "against random")
+    return grid((*heads, "CPU s"), rows)
 
 
 def plot(summary: Mapping[str, Any], path: Path) -> None:

@@ -17,8 +17,8 @@ import torch
 pytest.importorskip("trl", reason='needs TRL: pip install "flowgraph-llm[trl]"')
 
 from benchmarks.evidence import decoders, gpu, recall
-from benchmarks.evidence.decoders import Recipe
-from benchmarks.evidence.gpu import SIZES, OutOfTime, Run, Training, estimate, go_on, left_over, spread, table
+from benchmarks.evidence.decoders import Recipe, Training
+from benchmarks.evidence.gpu import SIZES, OutOfTime, Run, estimate, go_on, left_over, spread, table
 from benchmarks.evidence.tasks import LONG, TASKS
 from benchmarks.evidence.verify import Tried
 from tests.jobs import responses, write_rows

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("trl", reason='needs TRL: pip install "flowgraph-llm[trl]"')
 
-from benchmarks.evidence import page
+from benchmarks.evidence import page, recall
 from flowgraph.adapters.evidence.summary import number
 
 
@@ -34,7 +34,7 @@ def test_a_page_without_its_marks_is_refused(text: str) -> None:
 )
 def test_words_say_what_intervals_say(low: float | None, high: float | None, word: str) -> None:
     cell = {"mean": 0.2, "low": low, "high": high}
-    assert page.word(cell) == word
+    assert recall.word(cell) == word
     assert number(cell) == ("0.20" if low is None else f"0.20 [{low:.2f}, {high:.2f}]")
 
 

@@ -537,7 +537,7 @@ def _ranks(values: Mapping[str, float]) -> dict[str, float]:
 
 def _cell(values: Sequence[float], minus: Sequence[float] | None = None) -> dict[str, float | None]:
     made = interval(values) if minus is None else paired(values, minus)
-    return {name: recall.number(x) for name, x in asdict(made).items()}
+    return {name: recall.four_digits(x) for name, x in asdict(made).items()}
 
 
 def show(summary: dict[str, Any]) -> Iterable[str]:

@@ -16,12 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,49 +88,92 @@ def load_decoder(task: str, *, say: Say | None = None) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(_folder(task, say or _to_stderr), local_files_only=True).eval()
 
 
-def train(task: Task, recipe: Recipe, say: Say) -> LlamaForCausalLM:
-    """A decoder of the task, trained from random weights. Leaves the global random state as it was."""
-    if not hasattr(torch.optim, "Muon"):
-        raise RuntimeError(
-            f"training a decoder needs torch 2.9 or later (torch.optim.Muon), this is {torch.__version__}"
-        )
-    generator = Random(f"train {task.name} {recipe.seed}")
-    model = _untrained(task, recipe)
-    inside = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
-    known = {id(parameter) for parameter in inside}
-    outside = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    optimizers = [
-        torch.optim.Muon(inside, lr=recipe.rate, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(outside, lr=recipe.rate, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.share) for optimizer in optimizers]
-    stages = [task.easier(level) for level, steps in recipe.stages for _ in range(steps)]
-    setting = torch.tensor([token for token, symbol in enumerate(task.vocabulary) if symbol.endswith("=")])
-    began, every, recent = time.monotonic(), max(recipe.steps // 20, 10), []
-    for step in range(1, recipe.steps + 1):
-        stage = task if step > len(stages) else stages[step - 1]
-        drawn = [stage.sample(generator, generator.choice(stage.levels)) for _ in range(recipe.batch)]
-        tokens, positions, visible, targets = _batch(stage, drawn, recipe.questions, generator)
-        output = model(tokens, position_ids=positions, attention_mask=visible, use_cache=False)
+class Training:
+    """A decoder of a task in the making, step by step, on the device that is torch's default.
+
+    It can be saved, and goes on to the same weights: its state is model, optimizers, schedules, the random state that
+    draws problems, and the number of steps. Leaves the global random state as it was.
+    """
+
+    def __init__(self, task: Task, recipe: Recipe) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise RuntimeError(
+                f"training a decoder needs torch 2.9 or later (torch.optim.Muon), this is {torch.__version__}"
+            )
+        self.task, self.recipe, self.step = task, recipe, 0
+        self.generator = Random(f"train {task.name} {recipe.seed}")
+        self.model = model = _untrained(task, recipe)
+        inside = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
+        known = {id(parameter) for parameter in inside}
+        outside = [parameter for parameter in model.parameters() if id(parameter) not in known]
+        self.optimizers: list[Any] = [
+            torch.optim.Muon(inside, lr=recipe.rate, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(outside, lr=recipe.rate, weight_decay=0.0, betas=(0.9, 0.98)),
+        ]
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(one, recipe.share) for one in self.optimizers]
+        self._stages = [task.easier(level) for level, steps in recipe.stages for _ in range(steps)]
+        self._setting = torch.tensor([n for n, symbol in enumerate(task.vocabulary) if symbol.endswith("=")])
+
+    @property
+    def stage(self) -> Task:
+        """The task, or the easier one that the last step was on."""
+        return self.task if self.step > len(self._stages) else self._stages[self.step - 1]
+
+    def advance(self) -> float:
+        """One step; its loss."""
+        self.step += 1
+        stage, recipe = self.stage, self.recipe
+        drawn = [stage.sample(self.generator, self.generator.choice(stage.levels)) for _ in range(recipe.batch)]
+        tokens, positions, visible, targets = _batch(stage, drawn, recipe.questions, self.generator)
+        output = self.model(tokens, position_ids=positions, attention_mask=visible, use_cache=False)
         logits = output.logits[:, :-1]  # [B, N - 1, V]
-        loss = cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
-        recent.append(loss.item())
-        valued = torch.isin(tokens[:, :-1], setting) & (targets[:, 1:] >= 0)
+        bare = loss = cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
+        valued = torch.isin(tokens[:, :-1], self._setting) & (targets[:, 1:] >= 0)
         if valued.any():  # values of a response: they count more and more, since the order of the steps is chance
-            loss = loss + step / recipe.steps * cross_entropy(logits[valued], targets[:, 1:][valued])
-        model.zero_grad()
+            loss = loss + self.step / recipe.steps * cross_entropy(logits[valued], targets[:, 1:][valued])
+        self.model.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
+        return float(bare.detach())
+
+    def _parts(self) -> list[Any]:
+        return [self.model, *self.optimizers, *self.schedules]
+
+    def save(self, path: Path) -> None:
+        """Whole or not at all."""
+        state = [part.state_dict() for part in self._parts()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden = path.with_suffix(".partial")
+        torch.save({"step": self.step, "random": self.generator.getstate(), "state": state}, hidden)
+        os.replace(hidden, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` left."""
+        found = torch.load(path, weights_only=True)
+        for part, state in zip(self._parts(), found["state"], strict=True):
+            part.load_state_dict(state)
+        self.step = found["step"]
+        version, numbers, rest = found["random"]
+        self.generator.setstate((version, tuple(numbers), rest))
+
+
+def train(task: Task, recipe: Recipe, say: Say) -> LlamaForCausalLM:
+    """A decoder of the task, trained from random weights. Leaves the global random state as it was."""
+    training = Training(task, recipe)
+    began, every, recent = time.monotonic(), max(recipe.steps // 20, 10), []
+    while training.step < recipe.steps:
+        recent.append(training.advance())
+        step = training.step
         if step % every == 0 or step == recipe.steps:
-            rates = accuracy(stage, model, 100)
+            rates = accuracy(training.stage, training.model, 100)
             seen = "  ".join(f"level {level} {rate:.2f}" for level, rate in rates.items())
             took = time.monotonic() - began
             say(f"{task.name}  step {step}  {took:.0f} s  loss {_mean(recent):.3f}  {seen}")
             recent = []
-    return model.eval()
+    return training.model.eval()
 
 
 @torch.no_grad()

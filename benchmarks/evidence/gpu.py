@@ -45,11 +45,10 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.evidence import choices, gsm8k, recall
-from benchmarks.evidence.decoders import RECIPES, Recipe, _batch, _untrained, accuracy
+from benchmarks.evidence.decoders import RECIPES, Recipe, Training, accuracy
 from benchmarks.evidence.recall import Line, about, append, read_log
 from benchmarks.evidence.tasks import EVERY, LONG, TASKS, Task
 from benchmarks.evidence.verify import rates, tried
@@ -341,68 +340,6 @@ def end_processes() -> None:
 # --- decoders ---------------------------------------------------------------------------------------------------------
 
 
-class Training:
-    """`decoders.train`, step by step, on any device: it can be saved and goes on to the same weights.
-
-    Its state is model, optimizers, schedules, the random state that draws problems, and the number of steps.
-    """
-
-    def __init__(self, task: Task, recipe: Recipe) -> None:
-        self.task, self.recipe, self.step = task, recipe, 0
-        self.generator = Random(f"train {task.name} {recipe.seed}")
-        self.model = model = _untrained(task, recipe)
-        inside = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
-        known = {id(parameter) for parameter in inside}
-        outside = [parameter for parameter in model.parameters() if id(parameter) not in known]
-        self.optimizers: list[Any] = [
-            torch.optim.Muon(inside, lr=recipe.rate, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(outside, lr=recipe.rate, weight_decay=0.0, betas=(0.9, 0.98)),
-        ]
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(one, recipe.share) for one in self.optimizers]
-        self.stages = [task.easier(level) for level, steps in recipe.stages for _ in range(steps)]
-        self.setting = torch.tensor([n for n, symbol in enumerate(task.vocabulary) if symbol.endswith("=")])
-
-    def advance(self) -> float:
-        """One step; its loss."""
-        self.step += 1
-        stage = self.task if self.step > len(self.stages) else self.stages[self.step - 1]
-        drawn = [stage.sample(self.generator, self.generator.choice(stage.levels)) for _ in range(self.recipe.batch)]
-        tokens, positions, visible, targets = _batch(stage, drawn, self.recipe.questions, self.generator)
-        output = self.model(tokens, position_ids=positions, attention_mask=visible, use_cache=False)
-        logits = output.logits[:, :-1]  # [B, N - 1, V]
-        bare = loss = cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
-        valued = torch.isin(tokens[:, :-1], self.setting) & (targets[:, 1:] >= 0)
-        if valued.any():
-            weight = self.step / self.recipe.steps
-            loss = loss + weight * cross_entropy(logits[valued], targets[:, 1:][valued])
-        self.model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        return float(bare.detach())
-
-    def _parts(self) -> list[Any]:
-        return [self.model, *self.optimizers, *self.schedules]
-
-    def save(self, path: Path) -> None:
-        """Whole or not at all."""
-        state = [part.state_dict() for part in self._parts()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        hidden = path.with_suffix(".partial")
-        torch.save({"step": self.step, "random": self.generator.getstate(), "state": state}, hidden)
-        os.replace(hidden, path)
-
-    def load(self, path: Path) -> None:
-        found = torch.load(path, weights_only=True)
-        for part, state in zip(self._parts(), found["state"], strict=True):
-            part.load_state_dict(state)
-        self.step = found["step"]
-        version, numbers, rest = found["random"]
-        self.generator.setstate((version, tuple(numbers), rest))
-
-
 def _train(run: Run, name: str, task: Task, recipe: Recipe) -> Line:
     folder = run.decoder(name)
     checkpoint = folder / "checkpoint.pt"
@@ -610,7 +547,8 @@ def table(out: Path) -> str:
             said = ", ".join(f"{what} {rate:.1%}" for what, rate in line["rates"].items())
             parts.append(f"`{line['unit']}`: {said}.")
     for path in sorted(out.glob("recall-*.jsonl")):
-        parts += [f"## {path.stem}", *_carriers(read_log(path))]
+        (found,) = recall.summarise(read_log(path)).values()
+        parts += [f"## {path.stem}", recall.carriers_table(found)]
     for group in ("larger", "long"):
         lines = [
             line | {"task": line["task"].removesuffix("-long")}
@@ -626,37 +564,10 @@ def table(out: Path) -> str:
             for one in found["tables"]:
                 parts += [f"{summary.title(one)}.", summary.table_text(one, found["seconds"]["signals"])]
     for path in sorted(out.glob("rl-*.jsonl")):
-        parts += [f"## {path.stem}", _arms(read_log(path))]
+        from benchmarks import rl_gain
+
+        parts += [f"## {path.stem}", rl_gain.arms_table(rl_gain.summarise(read_log(path)))]
     return "\n\n".join(parts) + "\n"
-
-
-def _carriers(lines: list[Line]) -> list[str]:
-    (one,) = recall.summarise(lines).values()
-    share = "" if one["verified"] is None else f", of these {one['verified']:.0%} agree with intervention"
-    said = [f"{one['problems']} problems, {one['solved']:.0%} solved{share}: {one['counted']} count."]
-    if "signals" in one:
-        hops = [key for key in one["chance"] if key.startswith("hop ")]
-        rows = []
-        for name, by in sorted(one["signals"].items(), key=lambda item: -item[1]["max"]["precision"]["mean"]):
-            best, difference = by["max"], by["max"].get("difference", {}).get("precision")
-            cells = [summary.number(best["precision"]), summary.number(difference, "+.2f")]
-            rows.append((f"`{name}`", *cells, *(f"{best[hop]['mean']:.2f}" for hop in hops)))
-        rows.append(
-            ("*chance*", f"{one['chance']['precision']:.2f}", "", *(f"{one['chance'][hop]:.2f}" for hop in hops))
-        )
-        said.append(summary.grid(("signal", "average precision", "- flow", *hops), rows))
-    return said
-
-
-def _arms(lines: list[Line]) -> str:
-    from benchmarks import rl_gain
-
-    rows = []
-    for arm, one in rl_gain.summarise(lines)["arms"].items():
-        against = one["against"].get("uniform")
-        said = ("", "") if against is None else (summary.number(against["area"], "+.3f"), against["verdict"])
-        rows.append((f"`{arm}`", str(one["seeds"]), summary.number(one["final"]), summary.number(one["area"]), *said))
-    return summary.grid(("arm", "seeds", "final", "area", "area - uniform", "against uniform"), rows)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

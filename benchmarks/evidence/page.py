@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import rl_gain, rl_tasks, tables
 from benchmarks.evidence import choices, gsm8k, recall
+from benchmarks.evidence.recall import word
 from benchmarks.evidence.tasks import TASKS
 from flowgraph.adapters.evidence import plots, summary
 from flowgraph.adapters.evidence.signals import CONTROLS
@@ -36,15 +37,6 @@ Cell = Mapping[str, Any]
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------
-
-
-def word(difference: Cell | None) -> str:
-    """What an interval of a difference says, where more is better."""
-    if difference is None or difference["low"] is None:
-        return ""
-    if difference["low"] > 0:
-        return "better"
-    return "worse" if difference["high"] < 0 else "no difference"
 
 
 def lines_of(*paths: Path) -> list[dict[str, Any]]:
@@ -89,34 +81,8 @@ def carriers_section(logs: Path) -> str:
         if task not in found or "signals" not in found[task]:
             parts.append(missing(f"recall-{task}.jsonl", f"python -m benchmarks.evidence.recall --tasks {task}"))
             continue
-        parts.append(_carriers_table(task, found[task]))
+        parts += [f"### {task}", recall.carriers_table(found[task])]
     return "\n\n".join(parts)
-
-
-def _carriers_table(task: str, one: Mapping[str, Any]) -> str:
-    hops = [key for key in one["chance"] if key.startswith("hop ")]
-    keys = ["precision", "recall", *(hops if len(hops) > 1 else [])]
-    rows = []
-    ordered = sorted(one["signals"].items(), key=lambda item: -item[1]["max"]["precision"]["mean"])
-    for name, by in ordered:
-        best, difference = by["max"], by["max"].get("difference", {}).get("precision")
-        cells = [number(best["precision"]), number(difference, "+.2f"), word(difference)]
-        cells += [number(best["recall"]), *(f"{best[hop]['mean']:.2f}" for hop in keys[2:])]
-        rows.append([f"`{name}`", *cells, f"{by['mean']['precision']['mean']:.2f}"])
-    chance = {key: f"{value:.2f}" for key, value in one["chance"].items()}
-    rows.append(["*chance*", chance["precision"], "", "", chance["recall"], *(chance[hop] for hop in keys[2:]), ""])
-    verified = "" if one["verified"] is None else f", of these {one['verified']:.0%} agree with intervention"
-    return "\n\n".join(
-        [
-            f"### {task}",
-            f"{one['problems']} problems, of which the decoder solves {one['solved']:.0%}{verified}: {one['counted']} "
-            "count.",
-            grid(
-                ("signal", "average precision", "- flow", "against flow", "recall", *keys[2:], "precision, mean token"),
-                rows,
-            ),
-        ]
-    )
 
 
 def choices_section(logs: Path) -> str:
@@ -193,17 +159,7 @@ def rl_section(logs: Path) -> str:
     """Does it help RL? One table per task."""
     parts = []
     for name, found in trained(logs).items():
-        rows = []
-        for arm, one in found["arms"].items():
-            against = [one["against"].get(other) for other in ("uniform", "random")]
-            words = [
-                text for x in against for text in (("", "") if x is None else (number(x["area"], "+.3f"), x["verdict"]))
-            ]
-            cells = [str(one["seeds"]), number(one["final"]), number(one["area"])]
-            rows.append([f"`{arm}`", *cells, *words, f"{one['cpu_seconds']:.0f}"])
-        headings = ("arm", "seeds", "final", "area", "area - uniform", "against uniform", "area - random")
-        parts += [f"### {name}", grid((*headings, "against random", "CPU s"), rows)]
-        parts.append(f"![Learning curves of {name}](img/evidence-rl-{name}.png)")
+        parts += [f"### {name}", rl_gain.arms_table(found), f"![Learning curves of {name}](img/evidence-rl-{name}.png)"]
     return "\n\n".join(parts) or missing("rl-*.jsonl", "python -m benchmarks.rl_gain")
 
 

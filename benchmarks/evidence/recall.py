@@ -36,7 +36,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cache
@@ -54,6 +54,7 @@ from benchmarks.evidence.tasks import EVERY, TASKS, Problem
 from benchmarks.evidence.verify import Tried, tried
 from flowgraph.adapters.evidence.signals import SIGNALS, Place, Reading, heads_of, random_twin, scores_of
 from flowgraph.adapters.evidence.statistics import Interval, interval, paired
+from flowgraph.adapters.evidence.summary import grid, number
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence"
 SPLITS = ("choose", "report", "calibrate")
@@ -283,8 +284,8 @@ def run(
     Raises: as `begin`.
     """
     began = time.perf_counter()
-    for count, number in enumerate(begin(path, header, numbers, model), 1):
-        append(path, line_of(number))
+    for count, problem in enumerate(begin(path, header, numbers, model), 1):
+        append(path, line_of(problem))
         if count % 50 == 0:
             say(f"{path.stem}: {count} problems, {(time.perf_counter() - began) / count:.2f} s each")
     return read_log(path)
@@ -388,11 +389,11 @@ def _intervals(values: list[dict[str, float]], minus: list[dict[str, float]] | N
             return interval(mine, resamples=RESAMPLES)
         return paired(mine, [one[key] for one in minus if key in one], resamples=RESAMPLES)
 
-    return {key: {name: number(x) for name, x in asdict(of(key)).items()} for key in _keys(values)}
+    return {key: {name: four_digits(x) for name, x in asdict(of(key)).items()} for key in _keys(values)}
 
 
-def number(x: float) -> float | None:
-    """Four digits; None for NaN, which JSON lacks (the interval of a single problem)."""
+def four_digits(x: float) -> float | None:
+    """Rounded to them; None for NaN, which JSON lacks (the interval of a single problem)."""
     return None if np.isnan(x) else round(float(x), 4)
 
 
@@ -412,6 +413,36 @@ def show(summary: dict[str, Any], how: str) -> Iterator[str]:
             cells = [values[how][key] for key in keys]
             shown = [f"{x['mean']:.2f} [{x['low'] or 0:.2f} {x['high'] or 0:.2f}]" for x in cells]
             yield f"  {name:34}" + "".join(f"{text:>20}" for text in shown)
+
+
+def word(difference: Mapping[str, Any] | None) -> str:
+    """What an interval of a difference says, where more is better."""
+    if difference is None or difference["low"] is None:
+        return ""
+    if difference["low"] > 0:
+        return "better"
+    return "worse" if difference["high"] < 0 else "no difference"
+
+
+def carriers_table(one: Mapping[str, Any]) -> str:
+    """What signals find in one task, of `recall.summarise`."""
+    verified = "" if one["verified"] is None else f", of these {one['verified']:.0%} agree with intervention"
+    counted = f"{one['problems']} problems, of which the decoder solves {one['solved']:.0%}{verified}: {one['counted']}"
+    if "signals" not in one:
+        return f"{counted} count."
+    hops = [key for key in one["chance"] if key.startswith("hop ")]
+    keys = ["precision", "recall", *(hops if len(hops) > 1 else [])]
+    rows = []
+    ordered = sorted(one["signals"].items(), key=lambda item: -item[1]["max"]["precision"]["mean"])
+    for name, by in ordered:
+        best, difference = by["max"], by["max"].get("difference", {}).get("precision")
+        cells = [number(best["precision"]), number(difference, "+.2f"), word(difference)]
+        cells += [number(best["recall"]), *(f"{best[hop]['mean']:.2f}" for hop in keys[2:])]
+        rows.append([f"`{name}`", *cells, f"{by['mean']['precision']['mean']:.2f}"])
+    chance = {key: f"{value:.2f}" for key, value in one["chance"].items()}
+    rows.append(["*chance*", chance["precision"], "", "", chance["recall"], *(chance[hop] for hop in keys[2:]), ""])
+    heads = ("signal", "average precision", "- flow", "against flow", "recall", *keys[2:], "precision, mean token")
+    return f"{counted} count.\n\n{grid(heads, rows)}"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
