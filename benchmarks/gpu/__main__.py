@@ -212,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         first = Worker(options.device)
     except Gone as gone:
-        parser.exit(2, f"no work on {options.device}: {gone}\n")
+        tried = "--device cpu --shape tiny tries the script out without a GPU"
+        parser.exit(2, f"no work on {options.device}: {gone}\n{tried}\n")
     about = first.about | {"commit": options.commit or known_commit()}
     store = Store(options.out or default_path(about), options.fresh)
     before = store.content.setdefault("machine", about)
