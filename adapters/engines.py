@@ -152,6 +152,7 @@ def score(
                 tally.add_shard(about)
                 advance(about["shard"]["rows"])
         done = _check(job)
+        sweep(out)  # a worker that was ended in the middle of a file leaves its hidden one
         job.manifest.write(out, done)
         shutil.rmtree(out / DOING, ignore_errors=True)
     return done

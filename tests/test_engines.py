@@ -207,6 +207,19 @@ def test_a_worker_that_dies_costs_nothing(tmp_path: Path) -> None:
     assert table_of(tmp_path / "out")["line"].to_pylist() == list(range(1, ROWS + 1))
 
 
+def test_what_a_dead_worker_left_half_written_is_gone_at_the_end(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", responses(ROWS)), tmp_path / "out"
+    job = job_of(source, out, shard_rows=4)
+
+    def dies(rows: float) -> None:
+        for folder in (out, out / shards.FAILED):
+            folder.mkdir(exist_ok=True)
+            (folder / ".part-000001.parquet.0123abcd.partial").write_bytes(b"half")
+
+    engines.score(job, Engine(device="cpu"), Tally(job.manifest.rows), advance=dies)
+    assert_whole(out, source)
+
+
 @pytest.mark.slow
 def test_a_row_that_kills_every_worker_is_set_aside(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", responses(ROWS, _9=KILLS))
