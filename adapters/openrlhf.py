@@ -26,10 +26,11 @@ where column t belongs to token t + 1. docs/trainers/openrlhf.md has the whole s
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -47,6 +48,9 @@ else:
 
 TRAINER = "openrlhf.trainer.ppo_trainer"
 HOOK = "flowgraph.adapters.openrlhf.install"
+_HOOK_KEY = "worker_process_setup_hook"
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""In this variable (of that name indeed) Ray tells a job's process what was submitted, as JSON."""
 
 
 class FlowMixin(_Base):
@@ -200,15 +204,44 @@ def main() -> None:
     if found is None:
         raise ImportError("openrlhf has no cli.train_ppo_ray: credits were written for openrlhf 0.11")
 
-    from flowgraph.adapters.service import ENVIRONMENT, ServiceConfig
+    from flowgraph.adapters.service import ServiceConfig
 
     ServiceConfig.read()  # what is wrong with it shall be said before anything starts
+    ray.init(runtime_env=ray_settings(os.environ))
+    runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
+
+
+def ray_settings(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The `runtime_env` for `ray.init`, without what the job of this process (`ray job submit`) says already.
+
+    Args:
+        environ: the variables of this process.
+
+    Raises:
+        ValueError: the job has another hook for worker processes, or names another configuration.
+    """
+    from flowgraph.adapters.service import ENVIRONMENT
+
     # OpenRLHF starts Ray with these variables, unless it runs already.
     variables = {"TOKENIZERS_PARALLELISM": "true", "NCCL_DEBUG": "WARN", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
-    variables = {name: os.environ.get(name, default) for name, default in variables.items()}
-    variables[ENVIRONMENT] = str(Path(os.environ[ENVIRONMENT]).resolve())
-    ray.init(runtime_env={"env_vars": variables, "worker_process_setup_hook": HOOK})
-    runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__", alter_sys=True)
+    variables = {name: environ.get(name, default) for name, default in variables.items()}
+    variables[ENVIRONMENT] = str(Path(environ[ENVIRONMENT]).resolve())
+    # Ray refuses a variable or a hook that both name, even if they name the same.
+    job = json.loads(environ.get(_JOB, "{}")).get("runtime_env") or {}
+    said = job.get("env_vars") or {}
+    if said.get(ENVIRONMENT, environ[ENVIRONMENT]) != environ[ENVIRONMENT]:
+        raise ValueError(
+            f"{ENVIRONMENT} is {said[ENVIRONMENT]} in the runtime_env of the job, by which its workers go, and "
+            f"{environ[ENVIRONMENT]} in this process; give both the same"
+        )
+    settings: dict[str, Any] = {"env_vars": {name: value for name, value in variables.items() if name not in said}}
+    hook = job.get(_HOOK_KEY)
+    if hook not in (None, HOOK):
+        raise ValueError(
+            f"the runtime_env of the job has {_HOOK_KEY}={hook}, and Ray takes one: call {HOOK}() from it and start "
+            "python -m openrlhf.cli.train_ppo_ray, or leave it out"
+        )
+    return settings if hook else settings | {_HOOK_KEY: HOOK}
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class RayScorer(Credits):
         ray_options: more for the actors, as `ray.remote` takes it: resources, scheduling_strategy, runtime_env, ...
 
     Raises:
-        RuntimeError: no actor could be started; says what `load` raised.
+        RuntimeError: no actor could be started; says what `load` raised, or why its model can't be traced.
 
     Example:
         >>> with RayScorer(load, FlowConfig(gain=1.5), workers=4, num_gpus=1) as scorer:
@@ -211,10 +211,11 @@ class RayScorer(Credits):
         Args:
             weights: a state dict, whole tensors on any device, or a model with the same parameters: goes into Ray's
                 object store once, and from there once to each node. Or the folder of a checkpoint of transformers that
-                every node can see; leave it in place until the next refresh, since an actor that is restarted reads it.
+                every node can see; leave it as it is until the next refresh: an actor that is restarted reads it.
 
         Raises:
             ValueError: names the weights that are missing, unknown or of another shape. All actors keep what they had.
+            OSError, SafetensorError: the folder is not there, or its files are not whole. The same holds.
             RuntimeError: no actor could be reached.
         """
         self._check_open()
@@ -357,7 +358,9 @@ class _Worker:
             return self.scorer
         if self.scorer is None or weights.source is None:
             self.scorer, self.version = None, None
-            self.scorer = Scorer(*_loaded(self.load), self.config)
+            scorer = Scorer(*_loaded(self.load), self.config)
+            scorer.check()
+            self.scorer = scorer
         if isinstance(weights.source, str):
             self.scorer.refresh(weights.source)
         elif weights.source is not None:

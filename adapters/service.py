@@ -19,6 +19,7 @@ Shapes: see `flowgraph.rl.crediting`.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import reprlib
@@ -30,15 +31,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from flowgraph.rl.baselines import NEED_HEADS
 from flowgraph.rl.config import FlowConfig
 from flowgraph.rl.crediting import Crediting, Factors
 from flowgraph.rl.scorer import Credits, Scorer
 
+logger = logging.getLogger(__name__)
+
 ENVIRONMENT = "FLOWGRAPH_CONFIG"
 SETTLED_SECONDS = 30.0
 """A checkpoint counts as complete if none of its files has changed for so long."""
-_STABLE = "STABLE"
+_STABLE, _INDEX = "STABLE", ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class ServiceConfig:
         timeout: seconds for one chunk of rollouts on an actor.
         refresh_from: a folder in which the trainer leaves checkpoints of transformers, at any depth. Before a step the
             newest complete one is taken over. None: the scorer stays as it is; "flow/scorer_age" in the log shows it.
-        trust_remote_code: run the Python code that comes with the model. Nothing else turns this on.
+        trust_remote_code: run the Python code that comes with the model. Nothing but True turns this on.
         flow: the `FlowConfig`.
     """
 
@@ -82,6 +87,11 @@ class ServiceConfig:
         for name in ("tokenizer", "refresh_from"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} must be a name or folder, got {reprlib.repr(getattr(self, name))}")
+        if not isinstance(self.trust_remote_code, bool):
+            raise ValueError(
+                f"trust_remote_code must be true or false, not a text or a number, got "
+                f"{reprlib.repr(self.trust_remote_code)}"
+            )
         if not isinstance(self.device, str):
             raise ValueError(f"device must be text such as cuda:0, got {reprlib.repr(self.device)}")
         for name in ("workers", "gpus_per_worker", "cpus_per_worker", "timeout"):
@@ -97,6 +107,11 @@ class ServiceConfig:
             raise ValueError(f"timeout must be > 0 seconds, got {self.timeout}")
         if self.flow.scorer is not None:
             raise ValueError("flow.scorer is for trainers that hold their policy; here `model` names the scorer")
+        if self.flow.score in NEED_HEADS and self.flow.heads is None:
+            raise ValueError(
+                f'flow.score="{self.flow.score}" needs flow.heads here, from `flowgraph.rl.calibrate`: each rank or '
+                "actor would find heads of its own"
+            )
 
     @classmethod
     def read(cls, source: Mapping[str, Any] | str | Path | None = None) -> ServiceConfig:
@@ -148,9 +163,15 @@ class ServiceConfig:
         return model.to(device).eval(), AutoTokenizer.from_pretrained(self.tokenizer or self.model, **how)
 
     def scorer(self) -> Credits:
-        """The scorer in this process, or the pool of actors."""
+        """The scorer in this process, or the pool of actors.
+
+        Raises:
+            ValueError, RuntimeError: a model or an option that can't be traced, in this process or in the actors.
+        """
         if not self.workers:
-            return Scorer(*self.load(), self.flow)
+            scorer = Scorer(*self.load(), self.flow)
+            scorer.check()
+            return scorer
         from flowgraph.adapters.ray import RayScorer
 
         return RayScorer(
@@ -164,53 +185,102 @@ class ServiceConfig:
 
 
 class Service(Crediting):
-    """A `Crediting` that makes its scorer when it is first used, and takes over new checkpoints before a step."""
+    """A `Crediting` that makes its scorer, and takes over new checkpoints before a step.
+
+    Raises:
+        ValueError, RuntimeError: a scorer that can't work, or a checkpoint below `refresh_from` that does not fit it.
+    """
 
     def __init__(self, config: ServiceConfig) -> None:
         super().__init__(config.scorer(), config.flow)
         self.service = config
-        self._loaded: Path | None = None
-        self._loaded_at_step: int | None = None
+        self._loaded: tuple[float, Path] | None = None
+        self._born: int | None = 0
+        """The step at which the scorer got its weights; None: before the first step, whose number is not known yet."""
+        if self.refresh_if_newer(None) and self._loaded is not None:
+            logger.warning(
+                "refresh_from: %s was there before this run; the scorer has its weights. If the run does not go on "
+                "from it, name another folder",
+                self._loaded[1],
+            )
 
     def factors(self, *args: Any, step: int = 0, **kwargs: Any) -> Factors:
         """As `Crediting.factors`; the metrics have "flow/scorer_age" too, steps since the scorer got its weights."""
         self.refresh_if_newer(step)
+        if self._born is None:
+            self._born = step
         found = super().factors(*args, step=step, **kwargs)
-        born = self._loaded_at_step if self._loaded_at_step is not None else 0
-        found.means["scorer_age"] = float(max(0, step - born))
+        found.means["scorer_age"] = float(max(0, step - self._born))
         return found
 
-    def refresh_if_newer(self, step: int) -> bool:
-        """Take over the newest complete checkpoint below `refresh_from`, if there is a new one."""
+    def refresh_if_newer(self, step: int | None) -> bool:
+        """Take over the newest complete checkpoint below `refresh_from`, if it is newer than the last one.
+
+        One that cannot be read, such as a half-written one, is logged and left for the next step.
+
+        Args:
+            step: the trainer's; None: before the first one.
+
+        Raises:
+            ValueError: its weights don't fit the scorer. Names the folder and the weights.
+        """
         if self.service.refresh_from is None:
             return False
-        newest = newest_checkpoint(Path(self.service.refresh_from))
-        if newest is None or newest == self._loaded:
+        newest = _newest(Path(self.service.refresh_from))
+        # Trainers overwrite folders, so its name alone does not say it; and they delete the newest ones, too.
+        if newest is None or (self._loaded is not None and newest <= self._loaded):
             return False
-        self.scorer.refresh(newest)
-        self._loaded, self._loaded_at_step = newest, step
+        try:
+            self.scorer.refresh(newest[1])
+        except (OSError, SafetensorError) as error:
+            logger.warning(
+                "refresh_from: %s cannot be read (%s); the scorer keeps its weights, the next step tries again",
+                newest[1],
+                error,
+            )
+            return False
+        except ValueError as error:
+            raise ValueError(f"refresh_from={self.service.refresh_from}: {error}") from error
+        self._loaded, self._born = newest, step
         return True
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest folder below (or at) `folder` with a complete checkpoint of a language model; None if there is none.
 
-    A checkpoint is a folder of safetensors with a config.json, or with the file STABLE that prime-rl puts beside them
-    when they are complete. Critics and reward models, which trainers leave beside their policy, are passed over by what
-    their config.json says.
+    A checkpoint is a folder of safetensors, all that its index names, with a config.json, or with the file STABLE that
+    prime-rl puts beside them when they are complete. Critics and reward models, which trainers leave beside their
+    policy, are passed over by what their config.json says.
     """
+    newest = _newest(folder)
+    return None if newest is None else newest[1]
+
+
+def _newest(folder: Path) -> tuple[float, Path] | None:
+    """When the newest checkpoint was written, and its folder."""
     found = []
     for place in [Path(root) for root, _, names in os.walk(folder) if any(n.endswith(".safetensors") for n in names)]:
         try:
             files = [one for one in place.iterdir() if one.suffix in (".safetensors", ".json") or one.name == _STABLE]
             names = {one.name for one in files}
+            if not all(_has_shards(one, names) for one in files if one.name.endswith(_INDEX)):
+                continue
             if _STABLE in names or ("config.json" in names and _is_language_model(place / "config.json")):
                 latest = max(one.stat().st_mtime for one in files)
                 if _STABLE in names or time.time() - latest >= SETTLED_SECONDS:
                     found.append((latest, place))
         except FileNotFoundError:  # the trainer deletes old checkpoints while this looks
             continue
-    return max(found)[1] if found else None
+    return max(found, default=None)
+
+
+def _has_shards(index: Path, names: set[str]) -> bool:
+    """Are all files there that an index names?"""
+    try:
+        wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return names.issuperset(wanted)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # half written
+        return False
 
 
 def _is_language_model(config: Path) -> bool:

@@ -57,13 +57,22 @@ def put_credits_into(args: Any, rollout_id: int, rollout_data: dict[str, Any]) -
         ]
     group = mpu.get_tensor_and_context_parallel_group()
     ranks = torch.distributed.get_process_group_ranks(group)
-    told: list[Any] = [None, None]
+    told: list[Any] = [None, None, None]
+    raised: Exception | None = None
     if torch.distributed.get_rank() == ranks[0]:
-        found = factors(rollout_data, whole, rollout_id)
-        told = [[factor[len(factor) - size :] for factor, (_, size) in zip(found, lengths, strict=True)], found.metrics]
+        try:
+            found = factors(rollout_data, whole, rollout_id)
+            told[0] = [factor[len(factor) - size :] for factor, (_, size) in zip(found, lengths, strict=True)]
+            told[1] = found.metrics
+        except Exception as error:  # raised below: the other ranks would wait for this one until a timeout
+            raised, told[2] = error, f"{type(error).__name__}: {error}"
     if len(ranks) > 1:
         torch.distributed.broadcast_object_list(told, src=ranks[0], group=group)
-    responses, metrics = told
+    responses, metrics, why = told
+    if raised is not None:
+        raise raised
+    if why is not None:
+        raise RuntimeError(f"rank {ranks[0]}, which scores for this one: {why}")
     rollout_data["advantages"] = [
         advantage * cp_utils.slice_log_prob_with_cp(factor, *length).to(advantage)
         for advantage, factor, length in zip(rollout_data["advantages"], responses, lengths, strict=True)

@@ -52,8 +52,9 @@ _RATIO_OF_THE_SEQUENCE_IS_HARMLESS = ("cispo", "vespo")
 class FlowMixin(_Base):
     """Credits for a trainer of the GRPO family: `class Mine(FlowMixin, GRPOTrainer)`, then `Mine(..., flow=...)`.
 
-    A subclass with a `_compute_loss` of its own is refused until it says `takes_token_advantages = True`: that its
-    loss takes advantages [B, C] and that its gradient is theirs, token by token.
+    A subclass with a `compute_loss` or `_compute_loss` of its own is refused until it says
+    `takes_token_advantages = True`: that its loss takes advantages [B, C] and that its gradient is theirs, token by
+    token.
 
     Args:
         flow: a `FlowConfig`; default: `FlowConfig()`.
@@ -92,12 +93,13 @@ class FlowMixin(_Base):
                 "response the same gradient: credits would only scale whole responses by their mean weight (by 1 with "
                 f'normalize=True). Use "token", or loss_type {" or ".join(_RATIO_OF_THE_SEQUENCE_IS_HARMLESS)}'
             )
-        owner = next(c for c in type(self).__mro__ if c is not FlowMixin and "_compute_loss" in vars(c))
-        if owner is not GRPOTrainer and not self.takes_token_advantages:
-            raise ValueError(
-                f"{owner.__name__} has a _compute_loss of its own. If that takes advantages [B, C] and its gradient "
-                "is advantage times d log p of each token, set takes_token_advantages = True on the class"
-            )
+        for name in ("compute_loss", "_compute_loss"):
+            owner = next(c for c in type(self).__mro__ if c is not FlowMixin and name in vars(c))
+            if not issubclass(GRPOTrainer, owner) and not self.takes_token_advantages:
+                raise ValueError(
+                    f"{owner.__name__} has a {name} of its own. If that takes advantages [B, C] and its gradient "
+                    "is advantage times d log p of each token, set takes_token_advantages = True on the class"
+                )
         if self._is_vlm:
             raise ValueError(
                 "processing_class is the processor of a vision-language model, whose images credits do not trace. "
@@ -145,7 +147,7 @@ class FlowMixin(_Base):
         return Scorer(scorer, self.processing_class, self.flow)
 
     def _try_the_scorer(self) -> None:
-        """Score six tokens, so that a model, a layer or an option that cannot work says so now."""
+        """`Scorer.check`, and whether the tokenizer fits the model."""
         scorer = self._flow_crediting.scorer
         if not isinstance(scorer, Scorer):
             return  # it runs somewhere else, and has been asked by its maker
@@ -155,15 +157,14 @@ class FlowMixin(_Base):
                 f"scorer has {words} token embeddings, the tokenizer {len(self.processing_class)} tokens: it must be a "
                 "model with the tokenizer of the policy"
             )
-        ids = torch.arange(6)[None] % words
-        place = torch.arange(6)[None]
         try:
             if self._sharding() and self.flow.scorer is None and not self.accelerator.is_main_process:
-                softmax_layers_of(scorer.model, ids)  # weights may not have come from the main process yet
+                # Weights may not have come from the main process yet.
+                softmax_layers_of(scorer.model, torch.zeros(1, 6).long())
             else:
-                scorer.tracer.from_ids(ids, prompt_mask=place < 2, sink_mask=place == 4)
+                scorer.check()
         except ValueError as error:
-            raise ValueError(f"flow: {'scorer' if self.flow.scorer else 'model'} can't be traced: {error}") from error
+            raise ValueError(f"flow: {'model' if self.flow.scorer is None else 'scorer'}: {error}") from error
 
     # --- the batch ----------------------------------------------------------------------------------------------------
 

@@ -7,16 +7,12 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
-import torch
-
-from flowgraph.answers import find_answer
-from flowgraph.credit import SCORES, weights_from_scores
+from flowgraph.credit import check_rule
 from flowgraph.options import Options
 from flowgraph.rl.baselines import BASELINES, HeadGroups
 from flowgraph.rl.shaping import Signs, schedule
-from flowgraph.spans import NO_ANSWER, PRESETS
 from flowgraph.sparsify import Mass, Threshold, TopK
 
 
@@ -58,25 +54,17 @@ class FlowConfig(Options):
     refresh_steps: int = 0
     reuse: bool = True
 
+    scores: ClassVar[tuple[str, ...]] = (*Options.scores, *BASELINES)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        # What else would only show up as samples that fail, one by one.
-        for name, choices in (
-            ("score", ("auto", *SCORES, *BASELINES)),
-            ("preset", PRESETS),
-            ("no_answer", NO_ANSWER),
-            ("signs", get_args(Signs)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
-        one = torch.ones(1)
-        how: dict[str, Any] = {"top": self.top, "gain": self.gain, "temperature": self.temperature, "per": self.per}
-        weights_from_scores(one, one.bool(), self.rule, **how)
+        if self.signs not in get_args(Signs):
+            raise ValueError(f"signs must be one of {list(get_args(Signs))}, got {self.signs!r}")
+        check_rule(self.rule, self.top, self.gain, self.temperature, self.per)
         schedule(0, self.warmup_steps, self.anneal_after, self.anneal_steps)
-        find_answer("", self.answer)
         if self.question != "prompt":
             raise ValueError(f'question must be "prompt", got {self.question!r}: a trainer keeps ids, not messages')
-        for name, least in (("tail_tokens", 1), ("max_batch_tokens", 1), ("refresh_steps", 0)):
+        for name, least in (("max_batch_tokens", 1), ("refresh_steps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.refresh_steps and self.scorer is None:

@@ -106,7 +106,7 @@ class Crediting:
         self.scorer = scorer
         self.config = scorer.config if config is None else config
         for name in _SCORING:
-            wanted, given = (getattr(config, _SAID.get(name, name)) for config in (self.config, scorer.config))
+            wanted, given = (_said(config, name) for config in (self.config, scorer.config))
             if wanted != given:
                 raise ValueError(
                     f"config has {name}={wanted!r}, but the scorer was made with {name}={given!r} and goes by that; "
@@ -211,6 +211,12 @@ class Crediting:
             rewards=torch.tensor(whole),
             token_ids=_padded([samples[n].token_ids for _, n in seen]),
         )
+
+
+def _said(config: FlowConfig, name: str) -> Any:
+    """The value of an option, the same for all ways to say it."""
+    value = getattr(config, _SAID.get(name, name))
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _padded(values: list[Tensor]) -> Tensor:

@@ -155,8 +155,11 @@ class Scorer(Credits):
 
     Args:
         model: as for a `Tracer`. A smaller one must have the tokenizer of the policy.
-        tokenizer: needed to find answers in the text.
+        tokenizer: its tokenizer, in whose text answers are found.
         config: a `FlowConfig`; default: `FlowConfig()`.
+
+    Raises:
+        ValueError: no tokenizer.
 
     Example:
         >>> scored = Scorer(model, tokenizer).credits(input_ids, response_mask, attention_mask=attention_mask)
@@ -164,7 +167,9 @@ class Scorer(Credits):
         >>> scored.to_layout(input_ids.shape)
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, config: FlowConfig | None = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, config: FlowConfig | None = None) -> None:
+        if tokenizer is None:
+            raise ValueError("tokenizer is None: answers are found in the text of responses; give that of the policy")
         self.model, self.tokenizer = model, tokenizer
         self.config = FlowConfig() if config is None else config
         self.tracer = Tracer(model, tokenizer, **self.config.options)
@@ -174,10 +179,35 @@ class Scorer(Credits):
                 self.config.score, model, layers=self.config.layers, heads=self.config.heads, seed=self.config.seed
             )
 
+    def check(self) -> None:
+        """Score six tokens, so that a model, a layer or an option that cannot work says so now, and not by samples.
+
+        Raises:
+            ValueError: what does not work.
+        """
+        ids, place = torch.arange(6) % self._words, torch.arange(6)
+        baseline = self._baseline
+        try:
+            if baseline is None or (baseline.name in NEED_HEADS and baseline.heads is None):
+                self.tracer.from_ids(ids[None], prompt_mask=(place < 2)[None], sink_mask=(place == 4)[None])
+            else:
+                spans = locate(ids, place < 2, tokenizer=self.tokenizer, answer_tokens=place == 4)
+                baseline(ids[None].to(self._device), None, [spans])
+        except ValueError as error:
+            raise ValueError(f"{type(self.model).__name__} can't be traced: {error}") from error
+
+    @property
+    def _words(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def score(self, samples: Sequence[Sample]) -> list[SampleScore]:
         """Score samples in chunks of `config.max_batch_tokens`; one that can't be scored costs no other."""
         found: dict[int, SampleScore] = {}
-        words = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        words = self._words
         sound = []
         for number, sample in enumerate(samples):
             if not sample.response_mask.any():
@@ -206,13 +236,10 @@ class Scorer(Credits):
 
         Raises:
             ValueError: names the weights that are missing, unknown or of another shape; then nothing has changed.
+            OSError, SafetensorError: the folder is not there, or its files are not whole; nothing has changed either.
         """
         if isinstance(weights, str | Path):
-            # By the class of the model itself, which knows tied and renamed weights; and by its configuration, which a
-            # folder of weights need not have.
-            model: Any = self.model
-            config = copy.deepcopy(model.config)
-            weights = type(model).from_pretrained(weights, config=config, dtype=model.dtype)
+            weights = _of_checkpoint(self.model, Path(weights))
         given: Any = weights.state_dict() if isinstance(weights, nn.Module) else weights
         load_weights(self.model, given)
 
@@ -263,10 +290,9 @@ class Scorer(Credits):
 
     def _batch(self, samples: list[Sample]) -> tuple[Tensor, Tensor, list[Spans]]:
         """(ids [B, T], real [B, T], spans) of a chunk, where the model is."""
-        device = next(self.model.parameters()).device
         spans = [self._locate(one) for one in samples]
-        ids = _padded([one.token_ids for one in samples]).to(device)
-        real = _padded([torch.ones(len(one), dtype=torch.bool) for one in samples]).to(device)
+        ids = _padded([one.token_ids for one in samples]).to(self._device)
+        real = _padded([torch.ones(len(one), dtype=torch.bool) for one in samples]).to(self._device)
         return ids, real, spans
 
     def _locate(self, sample: Sample) -> Spans:
@@ -369,16 +395,51 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         for name, value in weights.items()
         if name in own and value.shape != own[name].shape
     ]
-    problems = [
-        f"{what} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
-        for what, names in (("missing:", missing), ("unknown:", unknown), ("other shape:", shapes))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"weights don't fit {type(model).__name__}: {'; '.join(problems)}")
+    if problems := _problems(missing, unknown, shapes):
+        raise ValueError(f"weights don't fit {type(model).__name__}: {problems}")
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)
+
+
+def _problems(missing: list[str], unknown: list[str], shapes: list[str]) -> str:
+    """What of a state dict does not fit, in words; empty if all of it does."""
+    return "; ".join(
+        f"{what} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
+        for what, names in (("missing:", missing), ("unknown:", unknown), ("other shape:", shapes))
+        if names
+    )
+
+
+_MERGE = "save the merged model (`merge_and_unload` of PEFT)"
+
+
+def _of_checkpoint(model: Any, folder: Path) -> nn.Module:
+    """A model of the same class and configuration with the weights of a checkpoint, and no others.
+
+    The class knows tied and renamed weights; the configuration a folder of weights need not have.
+    """
+    if not folder.is_dir():  # transformers would ask the hub for it
+        raise FileNotFoundError(f"{folder} is no folder: expected a checkpoint of transformers")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} has adapters of PEFT apart from what they adapt: {_MERGE}")
+    found, said = type(model).from_pretrained(
+        folder,
+        config=copy.deepcopy(model.config),
+        dtype=model.dtype,
+        ignore_mismatched_sizes=True,  # they are named below, with the others
+        output_loading_info=True,
+    )
+    # transformers draws at random what a checkpoint lacks, so the model always looks whole.
+    unknown = sorted(said["unexpected_keys"])
+    shapes = [
+        f"{name} {list(given)} instead of {list(wanted)}" for name, given, wanted in sorted(said["mismatched_keys"])
+    ]
+    if problems := _problems(sorted(said["missing_keys"]), unknown, shapes):
+        apart = any(".base_layer." in name or ".lora_" in name for name in unknown)
+        advice = f"; these are weights of PEFT with adapters apart: {_MERGE}" if apart else ""
+        raise ValueError(f"{folder} doesn't fit {type(model).__name__}: {problems}{advice}")
+    return found
 
 
 def warn_of(failed: Mapping[int, str], stacklevel: int = 2) -> None:

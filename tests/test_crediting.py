@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,11 @@ def test_a_config_with_scores_that_its_scorer_does_not_give_is_refused(change: d
     Crediting(scorer, FlowConfig(answer=ANSWERS, rule="rank", gain=2.0, signs="positive", per="batch"))
     with pytest.raises(ValueError, match=f"config has {next(iter(change))}=.* the scorer was made with"):
         Crediting(scorer, FlowConfig(**{"answer": ANSWERS, **change}))
+
+
+def test_layers_are_the_same_as_a_list_or_a_tuple() -> None:
+    config = FlowConfig(layers=[1], answer=ANSWERS)
+    assert Crediting(Scorer(policy(), TOKENIZER, config), replace(config, layers=(1,))).config.layers == (1,)
 
 
 @pytest.mark.parametrize(("signs", "up", "down"), [("both", 3, 3), ("positive", 3, 1), ("negative", 1, 3)])

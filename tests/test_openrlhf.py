@@ -455,14 +455,56 @@ def test_other_imports_are_left_alone(trainer_module: Any) -> None:
     assert any(isinstance(one, adapter._AfterImport) for one in sys.meta_path)
 
 
+JOBS: dict[str, dict[str, Any] | None] = {
+    "no job": None,
+    "a job": {"env_vars": {ENVIRONMENT: "", "NCCL_DEBUG": "INFO"}},
+    "a job with the hook": {"env_vars": {ENVIRONMENT: ""}, "worker_process_setup_hook": HOOK},
+}
+"""What `ray job submit --runtime-env-json` was told; the configuration of the test goes in."""
+
+
+def job_config(job: dict[str, Any] | None) -> dict[str, str]:
+    """The variable by which Ray tells the process that it starts for a job."""
+    if job is None:
+        return {}
+    variables = job["env_vars"] | {ENVIRONMENT: os.environ[ENVIRONMENT]}
+    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": job | {"env_vars": variables}, "metadata": {}})}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_ray_is_told_all_of_it_once(job: str, configure: Any) -> None:
+    runtime_env = pytest.importorskip("ray.runtime_env.runtime_env")
+    environ = job_config(JOBS[job])
+    of_the_job = json.loads(next(iter(environ.values())))["runtime_env"] if environ else {}
+    merged = runtime_env._merge_runtime_env(of_the_job, adapter.ray_settings({**os.environ, **environ}))
+    assert merged["worker_process_setup_hook"] == HOOK
+    assert merged["env_vars"][ENVIRONMENT] == os.environ[ENVIRONMENT]
+    assert merged["env_vars"]["NCCL_DEBUG"] == ("INFO" if job == "a job" else "WARN")
+
+
+def test_another_hook_of_the_job_is_named(configure: Any) -> None:
+    environ = job_config({"env_vars": {}, "worker_process_setup_hook": "mine.setup"})
+    with pytest.raises(ValueError, match=r"setup_hook=mine.setup.* call flowgraph.adapters.openrlhf.install"):
+        adapter.ray_settings({**os.environ, **environ})
+
+
+def test_another_configuration_of_the_job_is_named(configure: Any) -> None:
+    environ = job_config({"env_vars": {}})
+    with pytest.raises(
+        ValueError, match=f"{ENVIRONMENT} is .* in the runtime_env of the job, .* and mine.yaml in this"
+    ):
+        adapter.ray_settings({**os.environ, **environ, ENVIRONMENT: "mine.yaml"})
+
+
 @pytest.mark.slow
-def test_the_launcher_reaches_the_actor_that_trains(fake: Path, configure: Any) -> None:
+@pytest.mark.parametrize("job", JOBS)
+def test_the_launcher_reaches_the_actor_that_trains(job: str, fake: Path, configure: Any) -> None:
     pytest.importorskip("ray")
     root = Path(adapter.__file__).resolve().parents[1]
     path = os.pathsep.join([str(fake), str(root)])
     done = subprocess.run(
         [sys.executable, "-m", "flowgraph.adapters.openrlhf", "--actor.x", "1"],
-        env=os.environ | {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"},
+        env=os.environ | {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"} | job_config(JOBS[job]),
         capture_output=True,
         text=True,
         timeout=300,

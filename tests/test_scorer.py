@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import BloomConfig, BloomForCausalLM
 
 from flowgraph import Tracer, capture
 from flowgraph.credit import SCORES
@@ -165,6 +167,35 @@ def test_per_batch_ranks_all_tokens_together() -> None:
     assert not torch.equal(credited, torch.cat(list(by_row)) > 1)
 
 
+# --- what could not score anything -----------------------------------------------------------------------------------
+
+
+def test_without_a_tokenizer_no_answer_is_found() -> None:
+    with pytest.raises(ValueError, match="tokenizer is None: answers are found in the text"):
+        Scorer(policy(), None, FlowConfig(no_answer="tail"))
+
+
+def test_a_model_or_a_layer_that_cannot_be_read_is_said_when_asked() -> None:
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match=r"BloomForCausalLM can't be traced: .*attention interface"):
+        Scorer(bloom, TOKENIZER).check()
+    for score in ("throughput", "answer_attention", "coupled"):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM can't be traced: .*layers \[40\]"):
+            Scorer(policy(), TOKENIZER, FlowConfig(layers=[40], score=score)).check()
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM can't be traced"):
+        Scorer(tiny("gemma2", vocab_size=VOCABULARY), TOKENIZER, FlowConfig(score="routes")).check()
+    Scorer(bloom, TOKENIZER, FlowConfig(score="entropy")).check()  # reads no attention
+
+
+@pytest.mark.parametrize("score", [*SCORES, *BASELINES])
+def test_asking_leaves_nothing_behind(score: str) -> None:
+    scorer, other = (Scorer(policy(), TOKENIZER, FlowConfig(score=score, answer=ANSWERS)) for _ in range(2))
+    scorer.check()
+    assert all(parameter.grad is None for parameter in scorer.model.parameters())
+    for one, two in zip(scorer.credits(*rollouts()).scores, other.credits(*rollouts()).scores, strict=True):
+        assert torch.equal(one, two)
+
+
 # --- bad samples -----------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +320,58 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
     ):
         scorer.refresh(weights)
     assert all(torch.equal(before[name], value) for name, value in scorer.model.state_dict().items())
+
+
+def with_adapters(model: Any) -> dict[str, Tensor]:
+    """The state dict of a PEFT model, which verl leaves beside a config.json."""
+    names = {name: name.replace("q_proj.weight", "q_proj.base_layer.weight") for name in model.state_dict()}
+    weights = {f"base_model.model.{names[name]}": value for name, value in model.state_dict().items()}
+    return weights | {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(2, 64)}
+
+
+def without_a_layer(model: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if "layers.1." not in name}
+
+
+def with_a_shorter_norm(model: Any) -> dict[str, Tensor]:
+    return model.state_dict() | {"model.norm.weight": torch.ones(63)}
+
+
+def with_more(model: Any) -> dict[str, Tensor]:
+    return model.state_dict() | {"v_head.weight": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("weights_of", "message"),
+    [
+        (with_adapters, r"missing: lm_head.weight, .* and more; unknown: base_model.model.*merge_and_unload"),
+        (without_a_layer, r"missing: model.layers.1.input_layernorm.weight, .* and more$"),
+        (with_a_shorter_norm, r"other shape: model.norm.weight \[63\] instead of \[64\]$"),
+        (with_more, "unknown: v_head.weight$"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(weights_of: Any, message: str, tmp_path: Path) -> None:
+    """transformers would draw what is missing at random."""
+    scorer = Scorer(policy(), TOKENIZER)
+    before = copy.deepcopy(scorer.model.state_dict())
+    policy().config.save_pretrained(tmp_path)
+    weights = {name: value.clone() for name, value in weights_of(policy()).items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{tmp_path} doesn't fit LlamaForCausalLM: {message}"):
+        scorer.refresh(tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in scorer.model.state_dict().items())
+
+
+def test_a_folder_of_adapters_alone_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    peft.get_peft_model(policy(), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has adapters of PEFT apart from .*merge_and_unload"):
+        Scorer(policy(), TOKENIZER).refresh(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="gone is no folder"):
+        Scorer(policy(), TOKENIZER).refresh(tmp_path / "gone")
 
 
 def test_another_model_with_the_same_tokenizer_may_score() -> None:

@@ -162,13 +162,15 @@ def on_ranks(size: int, work: Callable[[int], Any]) -> list[Any]:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=120)
+            thread.join(timeout=600)
+        late = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
     finally:
         threaded.ProcessLocalGroup.reset()
         threaded._uninstall_threaded_pg()
         isolate(False)
     if raised:
         raise raised[0]
+    assert not late, f"ranks {late} have not ended after ten minutes"
     return [found[rank] for rank in range(size)]
 
 
@@ -284,6 +286,27 @@ def test_every_rank_gets_its_own_slice_of_a_parallel_context(size: int, cp_utils
             assert torch.equal(found, mine)
     for number, whole in enumerate(wanted):
         assert sum(len(pairs[number][0]) for pairs in ranks) == len(whole)
+
+
+def test_what_ends_the_rank_that_scores_ends_the_others(
+    cp_utils: Any, configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("rewards")
+
+    monkeypatch.setattr(adapter, "factors", broken)
+    said: dict[int, str] = {}
+
+    def work(rank: int) -> None:
+        data = rollouts()
+        estimate(data, cp_utils)
+        try:
+            adapter.put_credits_into(arguments(), 0, data)
+        except Exception as error:
+            said[rank] = f"{type(error).__name__}: {error}"
+
+    on_ranks(2, work)
+    assert said == {0: "KeyError: 'rewards'", 1: "RuntimeError: rank 0, which scores for this one: KeyError: 'rewards'"}
 
 
 def test_an_advantage_that_only_another_rank_sees_counts(cp_utils: Any, configure: Any) -> None:

@@ -622,9 +622,9 @@ def test_a_model_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match=r"model can't be traced: .*does not use the attention interface"):
+    with pytest.raises(ValueError, match=r"flow: model: .* can't be traced: .*does not use the attention interface"):
         trainer_of(tmp_path, model=bloom)
-    with pytest.raises(ValueError, match="scorer can't be traced"):
+    with pytest.raises(ValueError, match="flow: scorer: BloomForCausalLM can't be traced"):
         trainer_of(tmp_path, FlowConfig(scorer=bloom))
 
 
@@ -650,6 +650,15 @@ def test_a_loss_that_takes_no_token_advantages_is_refused(tmp_path: Path) -> Non
             model=policy(), reward_funcs=odd, args=GMPOConfig(**vars_of(tmp_path)), processing_class=TOKENIZER,
             train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         )  # fmt: skip
+
+
+def test_a_compute_loss_of_its_own_is_refused_too(tmp_path: Path) -> None:
+    class Unchecked(FlowGRPOTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().compute_loss(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="Unchecked has a compute_loss of its own"):
+        trainer_of(tmp_path, kind=Unchecked)
 
 
 def vars_of(folder: Path) -> dict[str, Any]:
