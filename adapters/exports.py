@@ -32,6 +32,7 @@ from torch import Tensor
 
 from flowgraph.flow import Flow
 from flowgraph.graph import MASKS, TokenGraph, graph_ptr
+from flowgraph.sums import cuda_extra
 from flowgraph.trace import Trace
 
 FORMAT = "flowgraph-tables/1"
@@ -292,7 +293,10 @@ def to_cupy(what: Trace | Flow | TokenGraph) -> dict[str, Any]:
     try:
         import cupy
     except ImportError as error:
-        raise ImportError('flowgraph.adapters.exports.to_cupy needs cupy: pip install "flowgraph-llm[cuda]"') from error
+        extra = cuda_extra()
+        raise ImportError(
+            f'flowgraph.adapters.exports.to_cupy needs cupy: pip install "flowgraph-llm[{extra}]"'
+        ) from error
     flow = what.flow if isinstance(what, Trace) else what if isinstance(what, Flow) else None
     graph = flow.graph if flow is not None else what
     if not isinstance(graph, TokenGraph):

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
-from flowgraph.interface import KeptLayer, Recorder, device_of, forward
+from flowgraph.interface import KeptLayer, Recorder, device_of, forward, softmax_layers_of, unwrap
+from flowgraph.rows import bring
 
 _CPU = torch.device("cpu")
 
@@ -27,24 +28,47 @@ class ChunkCache(DynamicCache):
     """The cache that a model of this configuration would use, between the chunks of one sequence.
 
     Args:
-        offload: whatever it holds waits in CPU memory, and each layer's part comes to the model only while it is used.
+        offload: whatever it holds waits in CPU memory (pinned, where the model is on CUDA), and each layer's part comes
+            to the model only while it is used.
+        total: T, the tokens of all chunks; for offload.
     """
 
-    def __init__(self, config: Any, offload: bool) -> None:
+    def __init__(self, config: Any, offload: bool, total: int = 0) -> None:
         super().__init__(config=config)
         self.offload_layers = offload
+        self._total = total
+        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
         self._given: dict[int, ref[Tensor]] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self.offload_layers and layer_idx < len(self.layers):
-            _move(self.layers[layer_idx], key_states.device)
+            held: Any = self.layers[layer_idx]
+            if held.is_initialized:
+                held.keys, held.values = (
+                    bring(x.flatten(0, 1), key_states.device).unflatten(0, x.shape[:2])
+                    for x in (held.keys, held.values)
+                )
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._given[layer_idx] = ref(keys)
         if self.offload_layers:
-            _move(self.layers[layer_idx], _CPU)
+            self._put_away(layer_idx, key_states, value_states)
         return keys, values
+
+    def _put_away(self, layer: int, new_keys: Tensor, new_values: Tensor) -> None:
+        """Let what a layer holds wait in CPU memory. Of one that grows, only what is new has to go there."""
+        # Not `layer.offload`: it doesn't wait for its copies.
+        held: Any = self.layers[layer]
+        if getattr(held, "is_sliding", False):
+            held.keys, held.values = held.keys.to(_CPU), held.values.to(_CPU)
+            return
+        if layer not in self._rooms:
+            self._rooms[layer] = _room(new_keys, self._total), _room(new_values, self._total)
+        start = held.keys.shape[2] - new_keys.shape[2]
+        held.keys, held.values = (
+            _fill(room, new, start) for room, new in zip(self._rooms[layer], (new_keys, new_values), strict=True)
+        )
 
     def holder(self, key: Tensor) -> int | None:
         """The layer whose part of the cache is `key`, as the model got it, now and after every later chunk.
@@ -62,10 +86,24 @@ class ChunkCache(DynamicCache):
         return held.keys
 
 
-def _move(layer: Any, device: torch.device) -> None:
-    # Not `layer.offload`: it doesn't wait for its copies.
-    if layer.is_initialized:
-        layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+def _room(new: Tensor, total: int) -> Tensor:
+    """[B, H, T, ..] for tensors like `new` [B, H, n, ..], in CPU memory."""
+    return torch.empty(
+        *new.shape[:2], total, *new.shape[3:], dtype=new.dtype, device=_CPU, pin_memory=new.device.type == "cuda"
+    )
+
+
+def _fill(room: Tensor, new: Tensor, start: int) -> Tensor:
+    """[B, H, N, ..] of a room [B, H, T, ..], once [B, H, n, ..] is written behind its first `start` tokens.
+
+    Head by head: each lies in one piece, and only that goes from a GPU to pinned memory without another copy on the
+    host, which waits for each.
+    """
+    stop = start + new.shape[2]
+    for theirs, ours in zip(room[:, :, start:stop], new, strict=True):
+        for there, here in zip(theirs, ours, strict=True):
+            there.copy_(here)
+    return room[:, :, :stop]
 
 
 class Chunk(NamedTuple):
@@ -90,45 +128,96 @@ def passes(
     T = inputs["input_ids"].shape[1]
     if chunk is None or chunk >= T:
         forward(model, recorder, inputs)
+        _check_tokens(model, recorder, 0, T)
         yield Chunk(0, T, recorder.take(), None)
         return
-    cache = ChunkCache(model.config, offload)
-    if any(getattr(cache, "is_linear", [True])):
-        _check_state(model, recorder)
+    if (why := refusal(model)) is not None:
+        raise ValueError(f"chunk: {why}: pass chunk=None")
+    cache = ChunkCache(model.config, offload, T)
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
         part = {name: x[:, (0 if name == "attention_mask" else start) : stop] for name, x in inputs.items()}
         forward(model, recorder, part, cache)
+        _check_tokens(model, recorder, start, stop)
         if start and (alone := recorder.without_past()):
-            raise ValueError(
-                f"chunk: layers {alone} of {type(model).__name__} saw nothing but the tokens of their chunk, so the "
-                "model doesn't go on from a cache: leave chunk out"
-            )
+            raise ValueError(f"chunk: {_forgets(model, alone)}: pass chunk=None")
         yield Chunk(start, stop, recorder.take(), cache)
 
 
-def _check_state(model: Any, recorder: Recorder) -> None:
-    """Refuse models whose linear layers begin anew with every chunk: not all go on, with more than one token at a time.
+def _check_tokens(model: Any, recorder: Recorder, start: int, stop: int) -> None:
+    """Refuse models that put tokens of their own before those start .. stop - 1: places would mean other tokens."""
+    for layer, kept in recorder.kept.items():
+        # A cache with a window may hold less than all tokens so far, never more; the first pass sees its own alone.
+        own = max(kept.query.shape[2] - (stop - start), kept.key.shape[2] - stop)
+        if own > 0:
+            raise ValueError(
+                f"model: {type(model).__name__} puts {own} tokens of its own before the input in layer {layer}, as "
+                "prompt tuning and prefix tuning do, and attention to them is attention to no token of the trace: "
+                "trace the model without them"
+            )
 
-    Eight tokens are read in one pass and in two chunks. How far the keys of the first chunk differ, which has no state
-    to go on from, says how much is rounding.
+
+def _forgets(model: Any, layers: list[int]) -> str:
+    return (
+        f"layers {layers} of {type(model).__name__} saw nothing but the tokens of their chunk, so the model doesn't go "
+        "on from a cache"
+    )
+
+
+def has_state(model: Any) -> bool:
+    """Are there layers that keep a state in place of keys and values?"""
+    linear = getattr(DynamicCache(config=model.config), "is_linear", None)
+    return True if linear is None else any(linear)
+
+
+_REFUSALS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why a model can't be read by chunks; None: it can. Found out once per model, by passes over eight tokens."""
+    model = unwrap(model)
+    if model not in _REFUSALS:
+        _REFUSALS[model] = _try(model)
+    return _REFUSALS[model]
+
+
+def _try(model: Any) -> str | None:
+    """Eight tokens in one pass and in two chunks: does the second chunk go on from the first?
+
+    Linear layers of some models begin anew with every pass of more than one token, which shows in the keys after them.
+    How far the keys of the first chunk differ, which has no state to go on from, says how much is rounding.
     """
-    last = recorder.last
-    assert last is not None
     tokens = torch.arange(8, device=device_of(model))[None]
-    cache, keys = ChunkCache(model.config, offload=False), []
-    for part, past in ((tokens, None), (tokens[:, :4], cache), (tokens[:, 4:], cache)):
-        probe = Recorder(frozenset([last]), last)
-        forward(model, probe, {"input_ids": part}, past)
-        keys.append(probe.kept[last].key[:, :, -part.shape[1] :])
-    whole, first, second = keys
-    eps = torch.finfo(whole.dtype).eps
-    rounding = max(float((whole[:, :, :4] - first).abs().max()), min(eps, eps**0.5 / 64) * float(whole.abs().max()))
-    if not float((whole[:, :, 4:] - second).abs().max()) <= 64 * rounding:
-        raise ValueError(
-            f"chunk: {type(model).__name__} gives other keys by chunks than in one pass (layer {last}, of 8 tokens): "
-            "its linear layers don't go on from their state. Leave chunk out"
+    layers = softmax_layers_of(model, tokens)
+
+    def read(part: Tensor, cache: ChunkCache | None) -> Recorder:
+        recorder = Recorder(frozenset(layers), layers[-1])
+        forward(model, recorder, {"input_ids": part}, cache)
+        return recorder
+
+    whole = read(tokens, None)  # what goes wrong here is no matter of chunks
+    _check_tokens(model, whole, 0, 8)
+    try:
+        cache = ChunkCache(model.config, offload=False)
+        first, second = read(tokens[:, :4], cache), read(tokens[:, 4:], cache)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # each architecture fails in its own way; the reason is kept
+        return f"{type(model).__name__} doesn't go on from a cache ({type(error).__name__}: {error})"
+    if alone := second.without_past():
+        return _forgets(model, alone)
+    if not has_state(model):
+        return None
+    last = layers[-1]
+    one, before, after = (part.kept[last].key[:, :, -n:] for part, n in ((whole, 8), (first, 4), (second, 4)))
+    eps = torch.finfo(one.dtype).eps
+    rounding = max(float((one[:, :, :4] - before).abs().max()), min(eps, eps**0.5 / 64) * float(one.abs().max()))
+    if not float((one[:, :, 4:] - after).abs().max()) <= 64 * rounding:
+        return (
+            f"{type(model).__name__} gives other keys by chunks than in one pass (layer {last}, of 8 tokens), so its "
+            "linear layers don't go on from their state"
         )
+    return None
 
 
 def check_chunk(chunk: int | None, inputs: dict[str, Tensor]) -> None:
@@ -144,7 +233,7 @@ def check_chunk(chunk: int | None, inputs: dict[str, Tensor]) -> None:
             row, place = (int(x) for x in broken[0])
             raise ValueError(
                 f"chunk: position_ids don't go up by one at [{row}, {place + 1}], which begins a new packed document, "
-                "and with a cache documents see each other: give each a row of its own, or leave chunk out"
+                "and with a cache documents see each other: give each a row of its own, or pass chunk=None"
             )
 
 
@@ -206,11 +295,11 @@ class Store:
         """[B, H, N, ..] what there is with [B, H, n, ..] behind it."""
         if (layer, name) not in self._room:
             shape = (*new.shape[:2], self._total, *new.shape[3:])
-            device = _CPU if offload else new.device
-            self._room[layer, name] = torch.empty(
-                shape, dtype=new.dtype, device=device, pin_memory=offload and new.is_cuda
+            self._room[layer, name] = (
+                _room(new, self._total) if offload else torch.empty(shape, dtype=new.dtype, device=new.device)
             )
-        stop = start + new.shape[2]
-        room = self._room[layer, name][:, :, :stop]
+        if offload:
+            return _fill(self._room[layer, name], new, start)
+        room = self._room[layer, name][:, :, : start + new.shape[2]]
         room[:, :, start:] = new
         return room

@@ -21,7 +21,8 @@ from flowgraph._version import __version__
 REQUIRED = ("torch", "torch-geometric", "transformers", "numpy", "scipy", "pyarrow")
 EXTRAS = {  # extra of pyproject.toml -> module: distribution
     "scatter": {"torch_scatter": "torch-scatter"},
-    "cuda": {"cupy": "cupy-cuda12x", "triton": "triton"},
+    "cuda12": {"cupy": "cupy-cuda12x", "triton": "triton"},
+    "cuda13": {"cupy": "cupy-cuda13x", "triton": "triton"},
     "trl": {"trl": "trl"},
     "ray": {"ray": "ray"},
     "analysis": {"pandas": "pandas"},

@@ -4,9 +4,11 @@ torch's fused kernels work out the log-sum-exp of every row on the way and throw
 that `scaled_dot_product_attention` would have chosen, with the same arguments, and keeps it; so its output is the
 same to the bit. `log_sums` does this inside somebody else's code.
 
-What torch doesn't give: nothing comes from the math kernel (soft caps, sinks and eager attention never get here), from
-cuDNN's, with dropout, or with gradients. The two kernels of CUDA are called as torch documents them: this has been
-tested on CPU only.
+What torch doesn't give: nothing comes from the math kernel (soft caps, sinks and eager attention never get here), with
+dropout, or with gradients; and on CUDA nothing with a mask. The three kernels of CUDA, of which an H100 takes cuDNN's
+first, are called as torch declares them, which the tests check on tensors without numbers; no GPU has run them yet.
+cuDNN's is told to write the log-sum-exp, where torch would have told it not to: whether its output then is the same to
+the bit, as that of the others must be, is for a GPU to say.
 
 Shapes: B batch, H query heads, K key heads, n queries, N keys, D head size.
 """
@@ -98,6 +100,17 @@ def _efficient_cuda(
     return out, log_sum[:, :, : query.shape[2]]  # it is rounded up to whole tiles
 
 
+def _cudnn_cuda(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor] | None:
+    if mask is not None:
+        return None
+    out, log_sum, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, is_causal, scale=scale
+    )
+    return out, log_sum.reshape(query.shape[:3])
+
+
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """What `scaled_dot_product_attention` makes of a boolean mask."""
     if mask is None or mask.dtype != torch.bool:
@@ -109,6 +122,7 @@ _KERNELS: dict[tuple[str, SDPBackend], Callable[..., tuple[Tensor, Tensor] | Non
     ("cpu", SDPBackend.FLASH_ATTENTION): _flash_cpu,
     ("cuda", SDPBackend.FLASH_ATTENTION): _flash_cuda,
     ("cuda", SDPBackend.EFFICIENT_ATTENTION): _efficient_cuda,
+    ("cuda", SDPBackend.CUDNN_ATTENTION): _cudnn_cuda,
 }
 
 

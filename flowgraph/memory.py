@@ -30,7 +30,7 @@ from torch import nn
 
 from flowgraph.capture import choose_layers, softmax_layers_of, unwrap
 from flowgraph.options import Options
-from flowgraph.rows import KEPT_BYTES, TILE_BYTES, of_device, rows_of_a_block
+from flowgraph.rows import KEPT_BYTES, TILE_BYTES, of_device, rows_of_a_band, rows_of_a_block
 from flowgraph.sparse import DEFAULT_RULE
 from flowgraph.sparsify import EdgeRule, Mass, Threshold, TopK, default_rule
 
@@ -40,7 +40,7 @@ CHUNKS = (8192, 4096, 2048, 1024, 512, 256)
 _ROW_BYTES = {"edges": 17, "sparse": 42, "streamed": 29, "exact": 54, "kept": 4, "pooled": 12, "sums": 12}
 """Per number of a block [r, N] of rows: itself, its copies in float64, masks, the rest of the last one. Measured; but
 reckoned where kernels choose the edges ("kept", with pools "pooled") or sum rows up and list no edges ("sums")."""
-_WAITING_BYTES = {"edges": 5, "sparse": 17}
+_WAITING_BYTES = {"edges": 5, "sparse": 17, "kept": 4, "pooled": 8}
 """Of these, what stays while the model runs on the next chunk."""
 _FOUND_BYTES, _JOINED_BYTES = 28, {"edges": 64, "sparse": 89, "exact": 100}
 """Per edge: in the lists of blocks; at the highest point of making these one graph and checking it."""
@@ -335,9 +335,9 @@ class _Shapes:
             found[1] += [batch * seen * self.queries * self.itemsize] * 2
         return max(found, key=sum)
 
-    def kept(self, tokens: int, layers: int, by_value: bool, key: bool = True) -> int:
-        """Bytes of queries, keys and sums of some layers."""
-        per_token = (self.queries + self.keys * key) * self.itemsize
+    def kept(self, tokens: int, layers: int, by_value: bool, key: bool = True, away: bool = False) -> int:
+        """Bytes of queries, keys and sums of some layers; only of sums if the others are `away`."""
+        per_token = 0 if away else (self.queries + self.keys * key) * self.itemsize
         return tokens * layers * (per_token + 4 * self.heads * (self.log_sum + by_value))
 
     def cache(self, batch: int, tokens: int) -> int:
@@ -400,7 +400,8 @@ def _predict(shapes: _Shapes, work: _Work, options: Options) -> Plan:
         B, T = 1, N
     n = min(chunk or T, T)
     by_value = options.weights == "value_norm"
-    away = shapes.accelerator and options.offload  # what waits in CPU memory doesn't count
+    # What waits in CPU memory doesn't count.
+    away = shapes.accelerator and options.offload and not work.captured
     graphs = [_Graph.of(mode, length, options.edges) for mode, length in zip(modes, work.lengths, strict=True)]
     widest = max(graphs, key=lambda graph: graph.edges + graph.links)
     done = sum(graph.bytes for graph in graphs) - widest.bytes
@@ -408,6 +409,7 @@ def _predict(shapes: _Shapes, work: _Work, options: Options) -> Plan:
     mode = modes[work.lengths.index(N)]
     rule = options.edges or _Graph.default_rule(mode, N)
     rows, waiting = _reading(shapes, N, mode, rule, streams, options)
+    band = _band(shapes, N, n if streams else N, options) if away else {}
     kernels = _of_kernels(shapes, N, mode, rule, n if streams else N, options)
     pools = _pool_numbers(N, streams) * 8 if "sparse" in modes else 0
     places = kernels.pop("places for edges", 0)
@@ -427,16 +429,20 @@ def _predict(shapes: _Shapes, work: _Work, options: Options) -> Plan:
         if streams:
             forward["queries"] = shapes.kept(B * n, shapes.chosen - 1, by_value, key=n == T)
             forward |= found | {"rows": waiting}
-            held = {"cache": cached, "queries": shapes.kept(B * n, shapes.chosen, by_value, key=n == T)}
+            held = {"cache": 0 if away else cache}
+            held["queries"] = shapes.kept(B * n, shapes.chosen, by_value, key=n == T)
         else:
-            kept = 0 if away else shapes.kept(B * T, shapes.chosen, by_value)
-            before = shapes.kept(B * T, shapes.chosen - 1, by_value, key=n == T)
-            forward["queries and keys"] = 0 if away else before
-            held = {"queries and keys": kept}
+            before = shapes.kept(B * T, shapes.chosen - 1, by_value, key=n == T, away=away)
+            part = "sums of rows" if away else "queries and keys"
+            forward[part] = before
+            held = {part: shapes.kept(B * T, shapes.chosen, by_value, away=away)}
         phases["forward pass"] = forward
-    phases["rows"] = held | {"rows": rows} | found | kernels
+    phases["rows"] = held | {"rows": rows} | band | found | kernels
+    if not streams:  # the rows stay until all is done
+        held |= {"band": band.get("band", 0)}
     if mode == "exact":
-        phases["rows"]["rows read once"] = min(of_device(KEPT_BYTES, shapes.device), 2 * N * N)
+        room = of_device(KEPT_BYTES, shapes.device) - band.get("band", 0)
+        phases["rows"]["rows read once"] = max(0, min(room, 2 * N * N))
     joined = {"edges": _JOINED_BYTES[widest.mode] * widest.edges, "pools": pools + making, "other graphs": done}
     phases["graph"] = held | joined | {"places for edges": places}
     solving = [graph for graph in graphs if graph.mode != "exact"]
@@ -481,7 +487,16 @@ def _reading(
             kind = "pooled" if mode == "sparse" else "kept"
         elif mode == "exact" and rule == TopK(0):
             kind = "sums"
-    return numbers * _ROW_BYTES[kind] + tile, numbers * _WAITING_BYTES.get(mode, 0)
+    return numbers * _ROW_BYTES[kind] + tile, numbers * _WAITING_BYTES.get(kind, _WAITING_BYTES.get(mode, 0))
+
+
+def _band(shapes: _Shapes, num_tokens: int, queries: int, options: Options) -> dict[str, int]:
+    """Part -> bytes of the rows that are computed at once where queries and keys wait in CPU memory."""
+    rows = min(rows_of_a_band(num_tokens, rows_of_a_block(num_tokens, shapes.device)), queries)
+    by_value = options.weights == "value_norm" and options.backend != "triton"  # a layer is divided by its own sums
+    # The keys of one layer come for it, and its queries.
+    layer = shapes.itemsize * (shapes.keys * num_tokens + shapes.queries * rows)
+    return {"band": 4 * num_tokens * rows, "layer of a band": layer + 4 * num_tokens * rows * by_value}
 
 
 def _of_kernels(

@@ -32,6 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowgraph.sums import Groups
+
 TILE = 64
 """Runs shorter than this lie inside square tiles on the diagonal and are taken all tiles at once."""
 
@@ -182,7 +184,8 @@ class PoolBuilder:
         values = torch.cat([self._collected[collecting], self._paid[paying]])
         collects = torch.arange(len(keys), device=keys.device) < int(collecting.sum())
         pool = keys.unique(return_inverse=True)[1]
-        total = torch.zeros_like(values).scatter_add_(0, pool, values * collects)
+        by_pool = Groups.by(pool, int(pool.max()) + 1 if pool.numel() else 0, ascending=False)
+        total = by_pool.sum(by_pool.arrange(values * collects))
         values = torch.where(collects, values / total[pool], values)
         # A share this small comes from rows that don't count at all, and would lead where no reach is.
         values = torch.where(collects & (values < 1e-200), 0, values).to(dtype)

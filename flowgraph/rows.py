@@ -18,11 +18,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flowgraph.sums import cuda_extra
+
 BLOCK_BYTES = {"cpu": 8 * 2**20, "other": 64 * 2**20}
 """Budget for a block [r, N] of rows. What is made of a block takes ten times as much, and so bounds it."""
 
 BLOCK_ROWS = {"cpu": 256, "other": 1024}
 """Most rows of a block: a GPU wants many, so that all of it works on one; of 256 rows at 8,000 tokens it is half."""
+
+BAND_BYTES = 512 * 2**20
+"""Budget for a band: the rows of several blocks, of layers that lie elsewhere than where they are computed on. A band
+has all their keys sent once, so a GPU waits less, the more rows it has: of 1,024 rows, about as long as it computes."""
 
 TILE_BYTES = {"cpu": 4 * 2**20, "other": 128 * 2**20}
 """Budget for the scores [H, r, n] of a tile: in the cache of a CPU; other devices want fewer and larger tiles."""
@@ -32,6 +38,12 @@ TILE_ROWS, TILE_COLUMNS = 128, 64
 
 KEPT_BYTES = {"cpu": 64 * 2**20, "other": 512 * 2**20}
 """Budget for the blocks that `KeptRows` holds: all blocks of a trace of 5,700 tokens; of 16,000 on other devices."""
+
+TRITON = (3, 3)
+"""The first version of Triton that has all that the kernels use (`tl.gather`)."""
+
+TRITON_HEAD = 512
+"""The largest head size of the kernels: two stages of queries and a tile of keys are 192 KiB then."""
 
 _LOG2_E = math.log2(math.e)  # scores are kept in powers of 2: on a CPU, 2**x takes a third of the time of e**x
 
@@ -44,6 +56,11 @@ def of_device(budget: dict[str, int], device: torch.device) -> int:
 def rows_of_a_block(num_tokens: int, device: torch.device) -> int:
     """How many rows a block of a trace of N tokens has, unless somebody says otherwise."""
     return max(16, min(of_device(BLOCK_ROWS, device), of_device(BLOCK_BYTES, device) // (4 * num_tokens)))
+
+
+def rows_of_a_band(num_tokens: int, block: int) -> int:
+    """How many rows a band has: as many as `BAND_BYTES` holds, up to `BLOCK_ROWS`, in whole blocks of so many rows."""
+    return block * max(1, min(BLOCK_ROWS["other"], BAND_BYTES // (4 * num_tokens)) // block)
 
 
 class RowBlock(NamedTuple):
@@ -76,6 +93,8 @@ class BlockedRows(ABC):
     """Where blocks lie."""
     dtype = torch.float32
     """Of their numbers."""
+    held_bytes = 0
+    """Of what stays here between two readings."""
 
     @abstractmethod
     def block(self, start: int) -> RowBlock:
@@ -150,14 +169,15 @@ class KeptRows(BlockedRows):
 
     Args:
         rows: what to read; its blocks are handed on as they are.
-        budget_bytes: for all blocks that are kept; default: what `KEPT_BYTES` has for the device of the rows.
+        budget_bytes: for all blocks that are kept; default: what `KEPT_BYTES` has for the device of the rows, less what
+            the rows hold themselves.
     """
 
     def __init__(self, rows: BlockedRows, budget_bytes: int | None = None) -> None:
         self.num_tokens, self.starts, self.backend = rows.num_tokens, rows.starts, rows.backend
         self.device, self.dtype = rows.device, rows.dtype
         self._rows = rows
-        self._room = of_device(KEPT_BYTES, rows.device) if budget_bytes is None else budget_bytes
+        self._room = of_device(KEPT_BYTES, rows.device) - rows.held_bytes if budget_bytes is None else budget_bytes
         self._kept: dict[int, RowBlock] = {}
 
     def block(self, start: int) -> RowBlock:
@@ -231,6 +251,35 @@ class LayerQK:
         per_head = {name: None if value is None else value[chosen] for name, value in per_head.items()}
         return replace(self, key=self.key[chosen // (H // K)], **per_head)
 
+    def lies_on(self, device: torch.device) -> bool:
+        """Are its queries and keys there?"""
+        return self.query.device == device == self.key.device
+
+    def part(self, start: int, stop: int, device: torch.device) -> LayerQK:
+        """What rows `start .. stop - 1` are made of: their queries, and the keys up to them, brought to a device."""
+        rows = _of_rows(self, start, stop)
+        return replace(
+            self,
+            query=bring(self.query[:, rows], device),
+            key=bring(self.key[:, :stop], device),
+            log_sum=None if self.log_sum is None else self.log_sum[:, rows],
+            value_norm=None if self.value_norm is None else self.value_norm[:, :stop],
+        )
+
+
+def bring(heads: Tensor, device: torch.device) -> Tensor:
+    """[H, n, D] on a device; what is there already is not copied.
+
+    Head by head: each lies in one piece, and only that goes from pinned memory to a GPU without a copy on the host. The
+    host doesn't wait for copies to a GPU: what computes with them comes after them.
+    """
+    if heads.device == device:
+        return heads
+    there = torch.empty(heads.shape, dtype=heads.dtype, device=device)
+    for theirs, ours in zip(there, heads, strict=True):
+        theirs.copy_(ours, non_blocking=device.type != "cpu")
+    return there
+
 
 def check_kind(weights: str) -> None:
     """Raise a ValueError if `weights` names no kind of weight."""
@@ -267,10 +316,17 @@ def check_triton(device: torch.device, on_a_cpu: str) -> None:
         on_a_cpu: the error on a CPU, where only the interpreter runs them.
 
     Raises:
-        ImportError: Triton isn't installed. ValueError: it is a CPU.
+        ImportError: Triton isn't installed, or too old. ValueError: it is a CPU.
     """
     if find_spec("triton") is None:
-        raise ImportError('backend="triton" needs Triton: pip install "flowgraph-llm[cuda]"')
+        raise ImportError(f'backend="triton" needs Triton: pip install "flowgraph-llm[{cuda_extra()}]"')
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON:
+        raise ImportError(
+            f'backend="triton" needs Triton {".".join(map(str, TRITON))} or later, which torch has from 2.7 on; this '
+            f"is Triton {triton.__version__}"
+        )
     from flowgraph.triton_rows import INTERPRETED
 
     if device.type == "cpu" and not INTERPRETED:
@@ -286,6 +342,10 @@ class AttentionRows(BlockedRows):
     Scores, softmax and mean are taken in float32 (float64 if the model is), whatever the model's dtype. Attention to
     the future, which no causal model pays, is left out. The same queries and keys give the same bits, in either order
     and however often they are read. Memory is that of one block [r, N] and one tile of scores.
+
+    Where layers lie elsewhere than the positions, several blocks are computed at once, as a band of up to 1,024 rows in
+    `BAND_BYTES`, and what is asked for is cut out of it: each layer's keys are sent once per band, one layer after the
+    other. The last band is held.
 
     Args:
         layers: one `LayerQK` per chosen layer, all of one trace. With `log_sum` rows are computed in tiles, without it
@@ -318,49 +378,78 @@ class AttentionRows(BlockedRows):
         self.dtype = torch.float64 if layers[0].query.dtype == torch.float64 else torch.float32
         self.device = positions.device
         self.backend = choose_backend(backend, self.device, self.dtype)
+        if self.backend == "triton" and (size := max(layer.query.shape[-1] for layer in layers)) > TRITON_HEAD:
+            raise ValueError(
+                f'backend="triton" takes heads of up to {TRITON_HEAD} numbers, for whose tiles a GPU has shared '
+                f'memory; the model has heads of {size}: use backend="torch"'
+            )
         self._layers, self._positions, self._weights = layers, positions, weights
         self.num_tokens = N = layers[0].key.shape[1]
         self.starts = range(N - layers[0].query.shape[1], N, block or rows_of_a_block(N, self.device))
+        self._in_bands = not all(layer.lies_on(self.device) for layer in layers)
+        self._band: RowBlock | None = None
+        if self._in_bands:
+            self.held_bytes = rows_of_a_band(N, self.starts.step) * N * self.dtype.itemsize
 
     @torch.no_grad()
     def block(self, start: int) -> RowBlock:
         stop = self._stop(start)
+        if not self._in_bands:
+            return RowBlock(start, self._rows(start, stop))
+        first, band = self._band_of(start)
+        # A copy: whoever holds on to a block would hold on to all of the band, when there is another one.
+        return RowBlock(start, band[start - first : stop - first, :stop].clone())
+
+    def _band_of(self, start: int) -> RowBlock:
+        """The band that the block from row `start` on is a part of."""
+        rows = rows_of_a_band(self.num_tokens, self.starts.step)
+        first = start - (start - self.starts.start) % rows
+        if self._band is None or self._band.start != first:
+            self._band = None  # before there are two
+            self._band = RowBlock(first, self._rows(first, min(first + rows, self.num_tokens)))
+        return self._band
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        """[stop - start, stop] rows start .. stop - 1 of `W`."""
         if self.backend == "triton":
-            return RowBlock(start, self._kernels.rows(start, stop))
+            written: Tensor = self._kernels.rows(start, stop)
+            return written
         by_value = self._weights == "value_norm"
-        block = torch.zeros(stop - start, stop, dtype=self.dtype, device=self._positions.device)
-        scratch = _Scratch(block)
+        rows = torch.zeros(stop - start, stop, dtype=self.dtype, device=self.device)
+        scratch = _Scratch(rows)
         hidden: dict[MaskTile | None, Tensor | None] = {}
         for layer in self._layers:
             if layer.visible not in hidden:
                 hidden[layer.visible] = self._hidden(layer.visible, start, stop)
+            if not layer.lies_on(self.device):
+                layer = layer.part(start, stop, self.device)
             if not by_value:
-                add_attention(block, layer, hidden[layer.visible], scratch)
+                add_attention(rows, layer, hidden[layer.visible], scratch)
                 continue
-            own = torch.zeros_like(block)
+            own = torch.zeros_like(rows)
             add_attention(own, layer, hidden[layer.visible], scratch, layer.value_norm)
             # A row that sees nothing but values of norm 0 stays 0.
-            block += own.div_(own.sum(-1, keepdim=True).clamp_(min=torch.finfo(own.dtype).tiny))
+            rows += own.div_(own.sum(-1, keepdim=True).clamp_(min=torch.finfo(own.dtype).tiny))
         parts = len(self._layers) if by_value else sum(len(layer.query) for layer in self._layers)
-        return RowBlock(start, block.div_(parts))
+        return rows.div_(parts)
 
     @torch.no_grad()
     def square(self, start: int) -> Tensor:
-        if self.backend != "triton":
+        if not self._summed:
             return super().square(start)
         square: Tensor = self._kernels.rows(start, self._stop(start), low=start)
         return square
 
     @torch.no_grad()
     def arriving(self, start: int, reach: Tensor) -> Tensor:
-        if self.backend != "triton":
+        if not self._summed:
             return super().arriving(start, reach)
         arriving: Tensor = self._kernels.arriving(start, reach)
         return arriving
 
     @torch.no_grad()
     def known(self, start: int, values: Tensor) -> Tensor:
-        if self.backend != "triton":
+        if not self._summed:
             return super().known(start, values)
         known: Tensor = self._kernels.known(start, self._stop(start), values)
         return known
@@ -374,6 +463,11 @@ class AttentionRows(BlockedRows):
 
     def _stop(self, start: int) -> int:
         return min(start + self.starts.step, self.num_tokens)
+
+    @property
+    def _summed(self) -> bool:
+        """Do kernels sum up rows without writing them? Not those of a band, which would have its keys sent again."""
+        return self.backend == "triton" and not self._in_bands
 
     @cached_property
     def _kernels(self) -> Any:
@@ -477,23 +571,27 @@ def _of_rows(layer: LayerQK, a: int, b: int) -> slice:
 
 
 def _queries(layer: LayerQK, a: int, b: int, like: Tensor) -> Tensor:
-    """[K, H/K * r, D] scaled queries; those that share a key head are rows of one product, so no key is repeated."""
-    scale = layer.scaling * _LOG2_E if layer.softcap is None else layer.scaling / layer.softcap
-    query = layer.query[:, _of_rows(layer, a, b)].to(like) * scale
+    """[K, H/K * r, D] queries; those that share a key head are rows of one product, so no key is repeated."""
+    query = layer.query[:, _of_rows(layer, a, b)].to(like)
     return query.reshape(len(layer.key), -1, query.shape[-1])
 
 
 def _scores(layer: LayerQK, query: Tensor, c: int, d: int, log_sum: Tensor | None, scratch: _Scratch) -> Tensor:
-    """[H, r, n] scores of `_queries`, less `log_sum` [H, r] if that is given; all in powers of 2."""
+    """[H, r, n] scores of `_queries`, less `log_sum` [H, r] if that is given; all in powers of 2.
+
+    Scaled after the product and not before: numbers of 16 bits then stay as they are, and TF32, which many trainers
+    allow on GPUs, multiplies them exactly.
+    """
     K, rows, _ = query.shape
+    scale = layer.scaling * _LOG2_E if layer.softcap is None else layer.scaling / layer.softcap
     key = layer.key[:, c:d]
     if key.dtype != query.dtype or key.device != query.device:
         key = scratch.take("key", *key.shape).copy_(key)
     out = scratch.take("scores", K, rows, d - c)
     if log_sum is None or layer.softcap is not None:
-        scores = torch.bmm(query, key.mT, out=out)
+        scores = torch.baddbmm(out, query, key.mT, beta=0, alpha=scale, out=out)
     else:
-        scores = torch.baddbmm(log_sum.reshape(K, rows, 1), query, key.mT, beta=-1, out=out)
+        scores = torch.baddbmm(log_sum.reshape(K, rows, 1), query, key.mT, beta=-1, alpha=scale, out=out)
     scores = scores.view(len(layer.query), -1, d - c)
     if layer.softcap is not None:
         scores.tanh_().mul_(layer.softcap * _LOG2_E)

@@ -28,7 +28,7 @@ from flowgraph.exact import check_reach, descend
 from flowgraph.graph import TokenGraph, closed_tokens, flow_masks
 from flowgraph.pools import PoolBuilder
 from flowgraph.rows import BlockedRows, Rows
-from flowgraph.sparsify import EdgeRule, Edges, Threshold, TopK, check_weights
+from flowgraph.sparsify import EdgeRule, Edges, Threshold, TopK, check_weights, wrong_weight
 
 DEFAULT_RULE = Threshold(1 / 256)
 """About 25 edges per token in real traces. Credits hardly depend on it: pools carry what it leaves."""
@@ -76,7 +76,7 @@ def sparse_graph(
     threshold = _threshold(rule) if kernels else None
     reach = torch.zeros(N, dtype=torch.float64, device=device)
     if once:
-        weighed = _weigh_by_what_follows(rows, answer_mask, closed)
+        weighed = _weigh_by_what_follows(rows, answer_mask, closed, check=threshold is None)
     elif threshold is not None and isinstance(rows, BlockedRows):
         weighed = _weigh_by_reach_in_kernels(rows, answer_mask, closed, reach)
     else:
@@ -131,7 +131,7 @@ def _list_edges(weighed: _Weighed, rule: EdgeRule, builder: Any, witnesses: Witn
 def _list_above(weighed: _Weighed, threshold: float, builder: Any, witnesses: Witnesses | None, rows: Rows) -> Edges:
     """`_list_edges` by kernels, for which the host doesn't wait between blocks and no block is written again.
 
-    The check of weights comes last, and of `rows` only if it fails.
+    The check of weights comes last.
     """
     from flowgraph.triton_rows import Above
 
@@ -145,8 +145,10 @@ def _list_above(weighed: _Weighed, threshold: float, builder: Any, witnesses: Wi
     assert above is not None
     kept = above.kept()
     if kept.wrong is not None:
-        for start, block in rows.blocks(last_first=True):
-            check_weights(block, start)
+        if not getattr(rows, "once", False):  # read again, to name what torch would name first
+            for start, block in rows.blocks(last_first=True):
+                check_weights(block, start)
+        raise wrong_weight(*kept.wrong)
     return Edges(torch.stack([kept.source, kept.target]), kept.weight, kept.self_weight, kept.dropped, "")
 
 
@@ -174,8 +176,11 @@ def _weigh_by_reach_in_kernels(rows: BlockedRows, sinks: Tensor, closed: Tensor,
         yield start, block, passed.clamp(min=_LEAST)
 
 
-def _weigh_by_what_follows(rows: Rows, sinks: Tensor, closed: Tensor) -> _Weighed:
-    """Rows count by the mean attention that their tokens get from the rest of their block and from the next one."""
+def _weigh_by_what_follows(rows: Rows, sinks: Tensor, closed: Tensor, check: bool) -> _Weighed:
+    """Rows count by the mean attention that their tokens get from the rest of their block and from the next one.
+
+    `check`: each block's weights, for which the host waits; else somebody does it afterwards.
+    """
     last_sink = int(sinks.nonzero()[-1]) if sinks.any() else -1
 
     def weigh(start: int, block: Tensor, following: Tensor | None) -> Tensor:
@@ -185,16 +190,19 @@ def _weigh_by_what_follows(rows: Rows, sinks: Tensor, closed: Tensor) -> _Weighe
         if following is not None:
             got, count = got + following[:, start : start + r].double().sum(0), count + len(following)
         mean = got / count.clamp(min=1)
-        known = count >= min(8, max(r - 1, 1))
-        typical = mean[known].mean() if known.any() else mean.new_ones(())
-        mean = torch.where(known, mean, typical).clamp(min=1e-3 * float(typical))
+        # Of the first rows enough is known: those that at least 8 rows follow, or as many as a short block has.
+        known = r + (0 if following is None else len(following)) - min(8, max(r - 1, 1))
+        typical = mean[:known].mean() if known > 0 else mean.new_ones(())
+        mean[max(known, 0) :] = typical
+        mean = torch.maximum(mean, 1e-3 * typical)
         place = torch.arange(start, start + r, device=block.device)
         counts = ~closed[start : start + r] & (place <= last_sink)
         return torch.where(sinks[start : start + r], 1.0, mean * counts).clamp(min=_LEAST)
 
     before: tuple[int, Tensor] | None = None
     for start, block in rows.blocks():
-        check_weights(block, start)
+        if check:
+            check_weights(block, start)
         if before is not None:
             yield *before, weigh(*before, block)
         before = start, block

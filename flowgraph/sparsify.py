@@ -151,7 +151,7 @@ def _above(rows: Rows, rule: Threshold) -> Edges:
 
     kept = keep_above(rows.blocks(), rows.num_tokens, rule.value)
     if kept.wrong is not None:
-        raise _wrong_weight(*kept.wrong)
+        raise wrong_weight(*kept.wrong)
     edge_index = torch.stack([kept.source, kept.target])
     return Edges(edge_index, kept.weight, kept.self_weight, kept.dropped, str(rule))
 
@@ -166,10 +166,10 @@ def check_weights(block: Tensor, start: int) -> None:
     """Raise a ValueError that names the first NaN, infinite or negative weight of rows `start ..`."""
     if is_wrong(block):
         row, column = (int(x) for x in (~((block >= 0) & (block < torch.inf))).nonzero()[0])
-        raise _wrong_weight(start + row, column, float(block[row, column]))
+        raise wrong_weight(start + row, column, float(block[row, column]))
 
 
-def _wrong_weight(row: int, column: int, weight: float) -> ValueError:
+def wrong_weight(row: int, column: int, weight: float) -> ValueError:
     return ValueError(
         f"W[{row}, {column}] = {weight}; attention weights must be finite and not negative (NaN from a model: check "
         "its inputs, or load it in float32 or bfloat16)"

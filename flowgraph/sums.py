@@ -5,7 +5,9 @@ are first brought into the order of the token they are summed at (stable, so tha
 and then each token's run of them is added up. What a token gets then depends on its own edges alone: not on the run,
 and not on what else is in the batch.
 
-    torch           torch.segment_reduce; on a GPU, CUB's segmented reduction
+    torch           torch.segment_reduce; on a GPU, CUB's segmented reduction. It goes through long segments in whole
+                    tiles, which it adds up in an order that depends on where in memory they begin; so long runs are
+                    cut into pieces shorter than a tile, and the sums of these added up
     torch_scatter   torch_scatter.segment_csr
     cupy            a sparse matrix times ones, by cuSPARSE, on tensors that stay where they are (DLPack). NVIDIA's
                     documentation allows its default algorithm to round differently from run to run
@@ -16,6 +18,7 @@ Shapes: N tokens, E edges.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,8 +26,11 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-LIBRARIES = {"torch_scatter": "scatter", "cupy": "cuda"}
-"""What is not always there: library -> the extra that installs it."""
+LIBRARIES = ("torch_scatter", "cupy")
+"""What is not always there."""
+
+PIECE = 1024
+"""Most edges of a piece: half of CUB's smallest tile."""
 
 CUPY_DEVICES = ("cuda",)
 """cupy has no other arrays."""
@@ -77,7 +83,23 @@ class Groups:
             columns = xp.arange(len(data), dtype=xp.int32)
             matrix = sparse.csr_matrix((data, columns, ptr), shape=(len(ptr) - 1, len(data)))
             return from_dlpack(matrix @ xp.ones(len(data), dtype=data.dtype))
-        return torch.segment_reduce(values, "sum", offsets=self.ptr, unsafe=True)
+        begins, first = self._pieces
+        parts = torch.segment_reduce(values, "sum", offsets=begins, unsafe=True)
+        return torch.segment_reduce(parts, "sum", offsets=first, unsafe=True)
+
+    @cached_property
+    def _pieces(self) -> tuple[Tensor, Tensor]:
+        """Where each piece of a group begins, and the number of the first piece of each group [N + 1].
+
+        How many pieces there are is not asked, since a GPU would have to be waited for: there is room for as many as
+        there can be, and the last ones are empty.
+        """
+        E, N = len(self.index), len(self.ptr) - 1
+        count = (self.ptr[1:] - self.ptr[:-1] + PIECE - 1) // PIECE
+        first = torch.cat([count.new_zeros(1), count.cumsum(0)])
+        number = torch.arange(N + E // PIECE + 1, dtype=first.dtype, device=first.device)
+        group = torch.searchsorted(first, number, right=True) - 1  # N for those that are empty: they begin at the end
+        return self.ptr[group] + (number - first[group]) * PIECE * (group < N), first
 
     def highest(self, values: Tensor) -> Tensor:
         """[N] the largest number of each group, 0 where it is empty. values: [E] int64 below 2 ** 53, arranged."""
@@ -105,9 +127,15 @@ def check_library(backend: str, device: torch.device) -> None:
     if backend not in LIBRARIES:
         return
     if find_spec(backend) is None:
-        raise ImportError(f'backend="{backend}" needs {backend}: pip install "flowgraph-llm[{LIBRARIES[backend]}]"')
+        extra = "scatter" if backend == "torch_scatter" else cuda_extra()
+        raise ImportError(f'backend="{backend}" needs {backend}: pip install "flowgraph-llm[{extra}]"')
     if backend == "cupy" and device.type not in CUPY_DEVICES:
         raise ValueError(f'backend="cupy" needs a CUDA GPU and the graph is on {device}: use backend="torch"')
+
+
+def cuda_extra() -> str:
+    """The extra with cupy and Triton, for the CUDA that torch was built for."""
+    return "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda13"
 
 
 def _torch_scatter() -> Any:

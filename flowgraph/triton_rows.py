@@ -24,8 +24,9 @@ the tensor cores for bfloat16 and float16, with sums in float32; float32 is mult
 
 What has been checked, and where: Triton's interpreter (`TRITON_INTERPRET=1`, which also takes tensors on the CPU) runs
 the tests against `backend="torch"`; and the kernels are compiled for the H100 (sm_90), which needs no GPU: the compiler
-takes tensor cores and asynchronous copies of 16 bytes, and has registers enough. No GPU has run them yet: sizes of
-tiles, warps and stages are reasoned and not measured.
+takes tensor cores and asynchronous copies of 16 bytes, and has registers enough for plain rows of heads of up to 128
+numbers (a window, a cap or norms on top, or larger heads, and some are moved to local memory). No GPU has run them yet:
+sizes of tiles, warps and stages are reasoned and not measured.
 
 Shapes: N tokens, n the last of them that have queries, r rows of a block, L layers of a launch, H query heads, K key
 heads, D head size, C places for kept columns.
@@ -68,6 +69,8 @@ class Layer(Protocol):
     def log_sum(self) -> Tensor | None: ...
     @property
     def value_norm(self) -> Tensor | None: ...
+    def lies_on(self, device: torch.device) -> bool: ...
+    def part(self, start: int, stop: int, device: torch.device) -> Layer: ...
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -493,9 +496,9 @@ class _Placed(NamedTuple):
 class TritonRows:
     """Rows of the head-averaged attention of some layers, as `flowgraph.rows.AttentionRows` defines them.
 
-    Queries and keys that lie on the device are read where they are. Those that lie elsewhere come layer by layer with
-    every block. Where the log-sum-exp is missing, or rows are by value, it is worked out first: once, and kept, [H, n]
-    float32 per layer (of layers that lie elsewhere, with every block).
+    Queries and keys that lie on the device are read where they are; those that lie elsewhere are brought layer by
+    layer, for all that is asked for at once. Where the log-sum-exp is missing, or rows are by value, it is worked out
+    first: once, and kept, [H, n] float32 per layer (of layers that lie elsewhere, for the same rows).
 
     Args:
         layers: all of one trace, bfloat16, float16 or float32. positions: [N], on the device to compute on.
@@ -514,58 +517,82 @@ class TritonRows:
         }
         # By value, rows of a layer are already divided by their sum.
         self.share = 1 / (len(layers) if by_value else sum(len(layer.query) for layer in layers))
+        self._log_sums: dict[tuple[int, int, int], Tensor] = {}
         alike: dict[Any, list[int]] = {}
         placed: dict[int, _Placed] = {}
         for number, layer in enumerate(layers):
             if not self._is_here(layer):
                 continue
-            placed[number] = self._place(layer, layer.query, layer.key, layer.log_sum, self._before)
+            log_sum = self._log_sum(layer, layer.query, layer.key, layer.log_sum, self._before)
+            placed[number] = self._placed(layer, layer.query, layer.key, log_sum)
             alike.setdefault((placed[number].kind(), layer.visible), []).append(number)
         self._launches = [
             _launch([placed[number] for number in numbers], self._first[layers[numbers[0]].visible], self._before)
             for numbers in alike.values()
         ]
-        self._elsewhere = [layer for layer in layers if not self._is_here(layer)]
+        self._elsewhere = {number: layer for number, layer in enumerate(layers) if not self._is_here(layer)}
 
     def rows(self, start: int, stop: int, low: int = 0) -> Tensor:
         """[stop - start, stop - low] float32: rows start .. stop - 1 of `W`, from column `low` on."""
         out = torch.empty(stop - start, stop - low, dtype=torch.float32, device=self.device)
-        for number, launch in enumerate(self.launches(start, stop)):
-            _add_rows(out, launch, start, low, self.share, add=number > 0)
+        add = False
+        for launch in self.launches(start, stop):
+            _add_rows(out, launch, start, low, self.share, add)
+            add = True
+            del launch  # before the keys of the next layer come
         return out
 
     def launches(self, start: int, stop: int) -> Iterable[Launch]:
-        """What rows start .. stop - 1 are made of."""
+        """What rows start .. stop - 1 are made of. Layers that are brought for it live as long as their launch."""
         yield from self._launches
-        for layer in self._elsewhere:
-            rows = slice(start - self._before, stop - self._before)
-            log_sum = None if layer.log_sum is None else layer.log_sum[:, rows]
-            first = self._first[layer.visible]
-            first = None if first is None else first[rows]
-            placed = self._place(layer, layer.query[:, rows], layer.key[:, :stop], log_sum, start)
-            yield _launch([placed], first, start)
+        for number, layer in self._elsewhere.items():
+            yield self._brought(number, layer, start, stop)
+
+    def _brought(self, number: int, layer: Layer, start: int, stop: int) -> Launch:
+        rows = slice(start - self._before, stop - self._before)
+        part = layer.part(start, stop, self.device)
+        known = self._log_sums.get((number, start, stop))
+        if known is None:
+            known = self._log_sum(layer, part.query, part.key, part.log_sum, start)
+            if known is not part.log_sum:
+                self._log_sums[number, start, stop] = known
+        first = self._first[layer.visible]
+        placed = self._placed(layer, part.query, part.key, known)
+        return _launch([placed], None if first is None else first[rows], start)
 
     def _is_here(self, layer: Layer) -> bool:
-        return layer.query.device == self.device == layer.key.device
+        return layer.lies_on(self.device)
 
-    def _place(self, layer: Layer, query: Tensor, key: Tensor, log_sum: Tensor | None, before: int) -> _Placed:
-        """A layer, or some rows of one, on the device and as the kernels read it."""
+    def _readable(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """As the kernels read them."""
         dtype = torch.promote_types(query.dtype, key.dtype)
-        query, key = (_with_rows(x.to(self.device, dtype)) for x in (query, key))
+        return _with_rows(query.to(dtype)), _with_rows(key.to(dtype))
+
+    def _norm(self, layer: Layer) -> Tensor | None:
+        """[H, N] float32, for rows by value."""
         norm = layer.value_norm if self._by_value else None
-        norm = None if norm is None else _with_rows(norm.to(self.device, torch.float32))
-        if log_sum is not None:
-            log_sum = log_sum.to(self.device, torch.float32)
-        if log_sum is None or norm is not None:
-            first = self._first[layer.visible]
-            first = None if first is None else first[before - self._before :][: query.shape[1]]
-            own, valued = log_sums(query, key, layer.scaling, layer.softcap, layer.sink_logits, first, norm)
-            log_sum = own if log_sum is None else log_sum
-            if valued is not None:
-                # A row that sees nothing but values of norm 0 stays 0.
-                by_value = (valued - log_sum).exp().sum(0).clamp(min=torch.finfo(torch.float32).tiny)
-                log_sum = log_sum + by_value.log()
-        return _Placed(query, key, layer.scaling, layer.softcap, _with_rows(log_sum), norm)
+        return None if norm is None else _with_rows(norm.to(self.device, torch.float32))
+
+    def _placed(self, layer: Layer, query: Tensor, key: Tensor, log_sum: Tensor) -> _Placed:
+        log_sum = _with_rows(log_sum.to(self.device, torch.float32))
+        return _Placed(*self._readable(query, key), layer.scaling, layer.softcap, log_sum, self._norm(layer))
+
+    def _log_sum(self, layer: Layer, query: Tensor, key: Tensor, given: Tensor | None, before: int) -> Tensor:
+        """[H, n] of rows `before ..` of a layer, as `_Placed` has it; `given`, if it is known and can stay as it is."""
+        norm = self._norm(layer)
+        if given is not None and norm is None:
+            return given
+        first = self._first[layer.visible]
+        first = None if first is None else first[before - self._before :][: query.shape[1]]
+        own, valued = log_sums(
+            *self._readable(query, key), layer.scaling, layer.softcap, layer.sink_logits, first, norm
+        )
+        log_sum = own if given is None else given.to(self.device, torch.float32)
+        if valued is None:
+            return log_sum
+        # A row that sees nothing but values of norm 0 stays 0.
+        by_value = (valued - log_sum).exp().sum(0).clamp(min=torch.finfo(torch.float32).tiny)
+        return log_sum + by_value.log()
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -578,7 +605,10 @@ def _launch(layers: list[_Placed], first: Tensor | None, before: int) -> Launch:
         [0 if x is None else x.data_ptr() for x in (layer.query, layer.key, layer.log_sum, layer.value_norm)]
         for layer in layers
     ]
-    return Launch(layers, torch.tensor(addresses, device=layers[0].query.device), first, before)
+    device = layers[0].query.device
+    # Pinned, or the host would wait for all that came before.
+    table = torch.tensor(addresses, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return Launch(layers, table, first, before)
 
 
 def _add_rows(out: Tensor, launch: Launch, start: int, low: int, share: float, add: bool) -> None:
@@ -728,32 +758,32 @@ class Above:
         """
         rows = slice(self._begin, self._stop)
         columns, weights, sums, numbers = self._buffers
-        columns, weights, sums, (count, first_wrong) = (
-            columns[rows],
-            weights[rows],
-            sums[:, rows],
-            numbers[:, rows].long(),
-        )
-        wrong = None
-        if (first_wrong >= 0).any():
+        sums, (count, first_wrong) = sums[:, rows], numbers[:, rows].long()
+        fits = count.clamp(max=self._capacity)
+        wrong = (first_wrong >= 0).any()
+        any_wrong, most, total = torch.stack([wrong.long(), count.max(), fits.sum()]).tolist()
+        found = None
+        if any_wrong:
             row = int((first_wrong >= 0).nonzero()[0])
-            wrong = row + self._begin, int(first_wrong[row]), float(sums[3, row])
-        elif (count > self._capacity).any():
+            found = row + self._begin, int(first_wrong[row]), float(sums[3, row])
+        elif most > self._capacity:
             row = int(count.argmax())
             raise ValueError(
-                f"row {row + self._begin} of W has {int(count[row])} weights above {self._threshold:g}, more than fit "
+                f"row {row + self._begin} of W has {most} weights above {self._threshold:g}, more than fit "
                 "into 1: the attention weights of a row must sum to 1 at most"
             )
-        count = count.clamp(max=self._capacity)
-        here = torch.arange(self._capacity, device=count.device) < count[:, None]
+        # The places that are taken, by number: a mask of all [N, C] of them may have more than CUDA's nonzero takes.
+        target = torch.arange(self._begin, self._stop, device=count.device).repeat_interleave(fits, output_size=total)
+        taken = torch.arange(total, device=count.device) - (fits.cumsum(0) - fits)[target - self._begin]
+        taken += target * self._capacity
         return Kept(
-            source=columns[here].long(),
-            target=torch.arange(self._begin, self._stop, device=count.device).repeat_interleave(count),
-            weight=weights[here],
+            source=columns.view(-1)[taken].long(),
+            target=target,
+            weight=weights.view(-1)[taken],
             self_weight=sums[0],
             kept=sums[1],
             dropped=sums[2],
-            wrong=wrong,
+            wrong=found,
         )
 
 

@@ -87,7 +87,8 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + place, tl.sum(tile * value[:, None], 0), mask=column_exists)
 
 
-# T[k, i] = into(k) square[k, i] out_of(i), i < k, is taken in tiles of SIDE tokens.
+# T[k, i] = into(k) square[k, i] out_of(i), i < k, is taken in tiles of SIDE tokens. Offsets in the square are int64: it
+# lies within a block, whose rows are as long as the trace.
 
 
 @triton.jit(do_not_specialize=["r", "stride"])
@@ -106,7 +107,7 @@ def _invert_kernel(  # type: ignore[no-untyped-def]
     inverse = (place[:, None] == place[None, :]).to(tl.float64)
     for step in range(SIDE):
         token = low + step
-        column = tl.load(square + rows * stride + token, mask=(rows < r) & (place > step), other=0.0)
+        column = tl.load(square + rows.to(tl.int64) * stride + token, mask=(rows < r) & (place > step), other=0.0)
         leaves = tl.load(out_of + token, mask=token < r, other=0.0)
         row = tl.sum(tl.where(place[:, None] == step, inverse, 0.0), 0)
         inverse += (column.to(tl.float64) * enters * leaves)[:, None] * row[None, :]
@@ -136,7 +137,8 @@ def _solve_kernel(  # type: ignore[no-untyped-def]
             solved = tl.load(out + theirs, mask=theirs < r, other=0.0)
             rows, columns = (theirs, mine) if BACKWARD else (mine, theirs)
             exists = (rows < r)[:, None] & (columns < r)[None, :]
-            weight = tl.load(square + rows[:, None] * stride + columns[None, :], mask=exists, other=0.0).to(tl.float64)
+            where = rows[:, None].to(tl.int64) * stride + columns[None, :]
+            weight = tl.load(square + where, mask=exists, other=0.0).to(tl.float64)
             if BACKWARD:
                 total += weight * (solved * tl.load(into + theirs, mask=theirs < r, other=0.0))[:, None]
             else:

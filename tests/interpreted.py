@@ -6,12 +6,14 @@ which one test of each file starts; there every tensor that a kernel is to fill 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -31,14 +33,42 @@ ROOT = Path(__file__).resolve().parents[1]
 Visible = Callable[[Tensor, Tensor], Tensor]
 
 
-def run_interpreted(file: str | Path, seconds: float = 600, **environment: str) -> None:
-    """The tests of a file that are for the interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(file).resolve())]
-    environment = os.environ | {"TRITON_INTERPRET": "1"} | environment
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout and "failed" not in done.stdout
-    print(done.stdout.splitlines()[-1])
+def run_interpreted(file: str | Path, of: str | None = None, seconds: float = 900, **environment: str) -> None:
+    """The tests of a file that are for the interpreter.
+
+    Args:
+        of: the module of `flowgraph` with the kernels, of which every line and every branch must be reached.
+    """
+    tests = ["pytest", "-q", "-p", "no:cacheprovider", str(Path(file).resolve())]
+    with TemporaryDirectory() as folder:
+        place = Path(folder, "coverage")
+        measured = [
+            "coverage",
+            "run",
+            f"--rcfile={os.devnull}",
+            "--branch",
+            f"--data-file={place}",
+            f"--include=*/flowgraph/{of}.py",
+            "-m",
+        ]
+        command = [sys.executable, "-m", *([] if of is None else measured), *tests]
+        environment = os.environ | {"TRITON_INTERPRET": "1"} | environment
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert " passed" in done.stdout and "failed" not in done.stdout
+        print(done.stdout.splitlines()[-1])
+        if of is not None:
+            lines, branches = unreached(place, ROOT / "flowgraph" / f"{of}.py")
+            assert not lines and not branches, f"no test reaches lines {lines}, branches {branches} of {of}"
+
+
+def unreached(place: Path, module: Path) -> tuple[list[int], list[list[int]]]:
+    """Lines and branches of a module that nothing went through. The interpreter compiles kernels anew, and leaving them
+    at a line that is not the last is an artefact of that: branches to the end of a function don't count."""
+    command = [sys.executable, "-m", "coverage", "json", f"--data-file={place}", "-q", "-o", "-"]
+    report = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    (found,) = (file for name, file in report["files"].items() if (ROOT / name).resolve() == module)
+    return found["missing_lines"], [[line, to] for line, to in found["missing_branches"] if to > 0]
 
 
 @pytest.fixture
@@ -143,11 +173,11 @@ def of_tiles_for_an_h100(
     from flowgraph import triton_rows
 
     number = triton_rows._DTYPES[dtype]
-    constants = constants | {
+    constants = {
         "KEY_HEADS": 8, "GROUP": 4, "HAS_CAP": False, "HAS_FIRST": False, "HAS_NORM": False,
         "DTYPE": number, "MULTIPLY": number, "ALIGN": 16,
         "BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "BLOCK_D": 128,
-    }  # fmt: skip
+    } | constants  # fmt: skip
     types = types | {"table": "*i64", "first": "*i32", "share": "fp32", "scale": "fp32", "cap": "fp32"}
     aligned = {"out", "table", "query_head", "query_row", "key_head", "key_row", "D"}
     return for_an_h100(kernel, types, constants, aligned, num_warps=tile.warps, num_stages=tile.stages)

@@ -22,7 +22,7 @@ from torch_geometric.data import Batch
 from flowgraph import AnswerReachability, FlowPropagation, Tracer, rows, sums, trace_flow
 from flowgraph.options import Options
 from flowgraph.solve import AUTO, LIBRARIES_OF, choose, solvers_for
-from flowgraph.sums import Groups
+from flowgraph.sums import PIECE, Groups
 from tests.conftest import ROOT
 from tests.graphs import chain, random_graph
 from tests.written import policy
@@ -65,6 +65,23 @@ def test_sums_and_highest_of_groups(backend: str, dtype: torch.dtype) -> None:
         assert int(top[n]) == (int(whole[here].max()) if here.any() else 0)
     nothing = Groups.by(token[:0], 4, backend=backend)
     assert nothing.sum(values[:0]).tolist() == nothing.highest(whole[:0]).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("lengths", [[0, 1, 1024, 0, 1025, 5000, 3, 0], [2048], [0, 0], [1] * 2000, [3_000_000]])
+def test_long_groups_are_added_up_in_short_pieces(lengths: list[int]) -> None:
+    """So that what a GPU makes of a group does not depend on where it lies. No piece is longer, none is lost."""
+    token = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    values = torch.rand(len(token), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    groups = Groups.by(token, len(lengths))
+    begins, first = groups._pieces
+    pieces = begins.diff()
+    assert begins[0] == 0 and begins[-1] == len(token)
+    assert pieces.min() >= 0 and pieces.max() <= PIECE
+    for n, length in enumerate(lengths):
+        own = pieces[first[n] : first[n + 1]].tolist()
+        assert own == [PIECE] * (length // PIECE) + [length % PIECE] * (length % PIECE > 0)
+    expected = torch.stack([part.sum() for part in values.split(lengths)])
+    torch.testing.assert_close(groups.sum(values), expected, rtol=1e-12, atol=0)
 
 
 def test_groups_keep_the_order_of_their_edges() -> None:
@@ -169,7 +186,7 @@ def test_what_does_not_go_together_is_refused(solver: str, backend: str, device:
 def test_what_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (sums, rows):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
-    for backend, extra in (("torch_scatter", "scatter"), ("cupy", "cuda"), ("triton", "cuda")):
+    for backend, extra in (("torch_scatter", "scatter"), ("cupy", "cuda13"), ("triton", "cuda13")):
         with pytest.raises(ImportError, match=rf'backend="{backend}" needs .*pip install "flowgraph-llm\[{extra}\]"'):
             choose("auto", backend, CUDA)
     assert solvers_for("cpu") == [("scatter", "torch"), ("scipy", "torch"), ("blocks", "torch"), ("reference", "torch")]

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu import page, predict, present, stages
+from benchmarks.gpu import page, predict, present, stages, worker
 from benchmarks.gpu.plan import STAGES, TILES, Case, plan
 from benchmarks.gpu.shapes import SHAPES, ids_of, masks_of, model_of
 from benchmarks.run import RESULTS, Store
@@ -78,6 +78,7 @@ def test_predictions_go_by_the_sizes_that_the_code_has() -> None:
     cuda = torch.device("cuda")
     for N in (100, 1024, 8192, 16_384, 16_385, 131_072):
         assert predict.block_rows(N) == rows.rows_of_a_block(N, cuda)
+        assert predict.band_rows(N) == rows.rows_of_a_band(N, predict.block_rows(N))
         assert predict.is_kept(N) == (rows.of_device(rows.KEPT_BYTES, cuda) >= 4 * N * N / 2)
     pytest.importorskip("triton")
     from flowgraph.triton_rows import tile_for
@@ -97,6 +98,8 @@ def test_the_plan_holds_every_stage_and_every_case_once() -> None:
         "credits: exact triton, qwen3-4b@1024",
         "long: sparse torch, qwen3-4b@131072",
         "long: exact triton, qwen3-8b@32768",
+        "long: sparse triton offload, qwen3-4b@131072",
+        "long: exact triton no edges offload, qwen3-4b@131072",
         "solves: scatter cupy, qwen3-4b@8192",
         "scorer: sparse triton, qwen3-4b@8192",
     ):
@@ -172,6 +175,41 @@ def test_after_the_deadline_nothing_begins(store: Store, capsys: pytest.CaptureF
     assert f"{len(CASES) - 2} cases are left" in capsys.readouterr().out
     script.measure(store, script.left(store, CASES), 10.0, worker.start, now=clock(0))
     assert sorted(results(store)) == sorted(case.key for case in CASES) and len(worker.asked) == len(CASES)
+
+
+def test_the_longest_traces_have_the_time_that_they_are_expected_to_take_and_more(store: Store) -> None:
+    """So they begin early enough for a run to be over in time; or first, in the next one."""
+    cases = [case for case in plan() if case.stage == "long"]
+    for case in cases:
+        together = case.expected["forward_seconds"] + case.expected["seconds"]
+        assert 3 * together < script.limit_of(case) < 480
+    assert all(script.limit_of(case) == script.CASE_SECONDS for case in plan() if case.stage != "long")
+    slow = next(case for case in cases if case.what == "exact torch" and case.tokens == 131_072)
+    made, late = Made(), 480 - (script.limit_of(slow) - script.CASE_SECONDS)
+    script.measure(store, [CASES[0], slow], 480.0, made.start, now=clock(0, 0, 1, late))
+    assert made.asked == [CASES[0].key]
+    script.measure(store, [slow], 480.0, made.start, now=clock(late))
+    assert made.asked == [CASES[0].key, slow.key]
+
+
+def test_a_library_that_cannot_be_loaded_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        raise OSError("undefined symbol") if name == "torch_scatter" else ImportError(name)
+
+    monkeypatch.setattr(worker, "import_module", load)
+    found = worker.about(CPU)
+    assert found["torch_scatter"] == "unusable: OSError: undefined symbol" and found["cupy"] == "absent"
+
+
+def test_the_host_s_link_is_counted_where_queries_and_keys_wait_behind_it() -> None:
+    """Qwen3-4B, 131,072 tokens: 128 bands, for each of which half of the keys of 12 layers are sent on average."""
+    shape, N = SHAPES["qwen3-4b"], 131_072
+    keys = 12 * 8 * 128 * 2 * N
+    assert predict.sent_rows(shape, N).link == pytest.approx(keys * 64.5 + 12 * 32 * 128 * 2 * N)
+    assert predict.sent_cache(shape, N).link == pytest.approx(2 * 2 * keys * (1 + 31 / 2))
+    assert predict.seconds(predict.Work(link=55e9)) == pytest.approx(1, rel=0.01)
+    here, there = (predict.credits_of(shape, N, f"exact triton{way}") for way in ("", " offload"))
+    assert {*there} - {*here} == {"rows, sent", "rows again, sent"}
 
 
 def test_what_fails_is_in_the_file_and_the_next_case_runs(store: Store) -> None:
@@ -345,7 +383,7 @@ def test_goals_are_reached_or_not_by_what_was_measured() -> None:
     sparse, exact = (Case("credits", f"{mode} triton", "qwen3-4b", 8192) for mode in ("sparse", "exact"))
     kernel, card = Case("kernels", "triton", "qwen3-4b", 8192), Case("machine", "ceilings")
     solves = [Case("solves", what, "qwen3-4b", 8192) for what in ("sweep triton", "scatter torch")]
-    longs = [Case("long", "sparse triton", "qwen3-4b", N) for N in (8192, 32768, 131072)]
+    longs = [Case("long", "sparse triton offload", "qwen3-4b", N) for N in (8192, 32768, 131072)]
     content = content_of(
         (sparse, {"measured": {"credits_over_forward": 0.05}}),
         (exact, {"measured": {"credits_over_forward": 0.2}}),
@@ -360,9 +398,9 @@ def test_goals_are_reached_or_not_by_what_was_measured() -> None:
     assert found["credits / forward, exact, Qwen3-4B, 8,192 tokens"] == ["0.200", "no"]
     assert found["rows and edges, 8,192 tokens: time / that of the ceiling"] == ["4.20", "no"]
     assert found["both solves, 64 graphs of 8,192 tokens, the fastest"] == ["4.0 ms", "yes"]
-    assert found["sparse, qwen3-4b, 131,072 tokens: peak above the model"] == ["1.3 GB", "yes"]
-    assert found["sparse, qwen3-8b, 32,768 tokens: peak above the model"] == ["-", "not measured"]
-    assert found["sparse: growth of that peak with N, exponent"] == ["1.00", "yes"]
+    assert found["sparse, offload, qwen3-4b, 131,072 tokens: peak above the model"] == ["1.3 GB", "yes"]
+    assert found["sparse, offload, qwen3-8b, 32,768 tokens: peak above the model"] == ["-", "not measured"]
+    assert found["sparse, offload: growth of that peak with N, exponent"] == ["1.00", "yes"]
     text = page.section([content])
     assert "Nothing has been measured yet" not in text and "Measured on NVIDIA H100" in text
     assert "| 5.0% |" in text and "failed: no / luck" in text

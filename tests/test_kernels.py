@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from flowgraph.kernels import attend, log_sums
+from flowgraph.kernels import _KERNELS, attend, log_sums
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -49,13 +49,33 @@ def test_attend_is_torchs_attention_with_its_log_sum(
     arguments["enable_gqa"] = heads != key_heads
     out, log_sum = attend(query, key, value, **arguments)
     assert torch.equal(out, scaled_dot_product_attention(query, key, value, **arguments))
-    if device == "cpu":
-        assert log_sum is not None
+    if device == "cpu" or (mask is None and dtype in (torch.bfloat16, torch.float16)):
+        assert log_sum is not None  # else every trace would pay for its own
     if log_sum is not None:
         expected = dense_log_sum(query, key, mask, layout == "causal", 0.3)
         assert log_sum.shape == query.shape[:3]
         assert log_sum.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert (log_sum - expected).abs().max() < TOLERANCE[dtype]
+
+
+FUSED = [choice for device, choice in _KERNELS if device == "cuda"]
+
+
+@pytest.mark.parametrize("choice", FUSED, ids=str)
+@pytest.mark.parametrize("n", [40, 33])
+def test_kernels_of_cuda_are_called_as_torch_declares_them(choice: SDPBackend, n: int) -> None:
+    """Names, arguments and shapes, on tensors without numbers."""
+    query, key = (torch.empty(2, 8, size, 64, dtype=torch.bfloat16, device="meta") for size in (n, 70))
+    kernel = _KERNELS["cuda", choice]
+    out, log_sum = kernel(query, key, key, None, False, 0.3) or pytest.fail("there is no result")
+    assert out.shape == query.shape and out.dtype == query.dtype
+    assert log_sum.shape == query.shape[:3] and log_sum.dtype == torch.float32
+    assert kernel(query, key, key, torch.ones(n, 70, dtype=torch.bool, device="meta"), False, 0.3) is None
+
+
+def test_all_that_torch_may_choose_on_cuda_is_known() -> None:
+    without = {SDPBackend.ERROR, SDPBackend.MATH, SDPBackend.OVERRIDEABLE}  # the last is for other devices
+    assert set(FUSED) == set(SDPBackend.__members__.values()) - without
 
 
 @pytest.mark.parametrize("why", ["math kernel", "dropout", "gradients", "autocast", "three dimensions"])

@@ -33,7 +33,6 @@ ORDER = (
     "pools",
     "triton_pools",
     "graph",
-    "sums",
     "layers",
     "blocks",
     "triton_solve",
@@ -63,7 +62,7 @@ ORDER = (
     "cli",
 )
 # These import nothing of flowgraph, and any module may import them.
-LEAVES = ("_version", "answers", "segments", "smollm2")
+LEAVES = ("_version", "answers", "segments", "smollm2", "sums")
 
 # A trainer is known to its adapter alone.
 TRAINERS = {"nemo_rl", "openrlhf", "prime_rl", "roll", "skyrl", "skyrl_train", "slime", "trl", "verl"}

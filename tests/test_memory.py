@@ -127,6 +127,26 @@ def test_what_kernels_hold_is_counted(model: Any) -> None:
     assert rows("triton", mode="exact", weights="value_norm")["log-sums"] == 4 * 4 * 2 * 8192  # 4 heads of 2 layers
 
 
+def test_what_comes_back_from_cpu_memory_is_counted(model: Any) -> None:
+    def rows(**options: Any) -> dict[str, int]:
+        return plan(model, LONG, Options(offload=True, **options), device="cuda").phases["rows"]
+
+    exact = rows(mode="exact", backend="triton")
+    # A band of 1,024 rows, and 4 query and 2 key heads of 16 numbers of one layer.
+    assert exact["band"] == 4 * 1024 * LONG and exact["layer of a band"] == 4 * 16 * (2 * LONG + 4 * 1024)
+    assert exact["rows read once"] == 512 * 2**20 - exact["band"]
+    assert exact["sums of rows"] == 2 * 4 * 4 * LONG  # of 4 heads of 2 layers
+    here = plan(model, LONG, Options(mode="exact", backend="triton"), device="cuda").phases["rows"]
+    assert exact["rows"] == here["rows"]
+    by_value = rows(mode="exact", weights="value_norm")
+    assert by_value["layer of a band"] == exact["layer of a band"] + exact["band"]
+    streamed = rows(mode="sparse", chunk=256)
+    assert streamed["band"] == 4 * 256 * LONG and "cache" not in streamed
+    assert "band" not in plan(model, LONG, Options(offload=True)).phases["rows"]  # a CPU
+    longest = plan(model, 8 * LONG, Options(mode="exact", offload=True, backend="triton"), device="cuda")
+    assert longest.phases["rows"]["band"] == 512 * 2**20 and longest.phases["rows"].get("rows read once", 0) == 0
+
+
 # --- what is chosen --------------------------------------------------------------------------------------------------
 
 
@@ -167,9 +187,9 @@ def test_a_chunk_that_was_asked_for_stays(model: Any) -> None:
 
 
 def test_offload_is_for_accelerators(model: Any) -> None:
-    options = Options(mode="exact", chunk=256)
-    asked = plan(model, LONG, options, device="cuda")
-    found = plan(model, LONG, options, device="cuda", budget=asked.peak_bytes - 1)
+    options, length = Options(mode="exact", chunk=256), 32 * LONG  # the queries and keys are larger than a band
+    asked = plan(model, length, options, device="cuda")
+    found = plan(model, length, options, device="cuda", budget=asked.peak_bytes - 1)
     assert found.offload and found.options.offload and found.chunk == 256
     assert "queries and keys" not in found.parts
     assert peak(model, LONG, mode="exact", offload=True) == peak(model, LONG, mode="exact")
@@ -263,13 +283,14 @@ def test_the_command_shows_every_mode(folder: str) -> None:
         [mode, chunk] for mode in ("edges", "sparse", "exact") for chunk in ("none", "1024", "256")
     ]
     assert lines[-1].startswith("mode sparse, chunk none: ")
+    assert "peaks are those of traces with --memory" in result.stderr
 
 
 def test_the_command_says_what_fits(model: Any, folder: str) -> None:
     needed = plan(model, LONG, Options(chunk=256)).peak_bytes
     result = invoke("-m", folder, "--tokens", str(LONG), "--memory", str(needed), "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "mode sparse, chunk" in result.stdout
+    assert "mode sparse, chunk" in result.stdout and "without it" not in result.stderr
     result = invoke("-m", folder, "--tokens", str(LONG), "--memory", "5MB", "--device", "cpu")
     assert result.exit_code == 1
     assert "needs at least" in result.stderr and "budget is 5 MB" in result.stderr

@@ -190,7 +190,7 @@ def test_every_import_is_declared() -> None:
     extras = project["optional-dependencies"]
     optional = names([line for extra in extras if extra != "dev" for line in extras[extra]])
     # Modules of extras, which need not be installed here.
-    modules = {"cupy": {"cupy-cuda12x"}, "cupyx": {"cupy-cuda12x"}}
+    modules = {name: {"cupy-cuda12x", "cupy-cuda13x"} for name in ("cupy", "cupyx")}
     for module, distributions in importlib.metadata.packages_distributions().items():
         modules.setdefault(module, {name.lower().replace("_", "-") for name in distributions})
 

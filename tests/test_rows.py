@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowgraph import rows as rows_module
-from flowgraph.rows import AttentionRows, BlockedRows, DenseRows, KeptRows, LayerQK, RowBlock
+from flowgraph.rows import AttentionRows, BlockedRows, DenseRows, KeptRows, LayerQK, RowBlock, rows_of_a_band
 from tests import attention
 
 N, D = 45, 8
@@ -117,6 +117,24 @@ def test_float64_models_are_read_in_float64(kind: str, known: bool, weights: str
     assert (joined(rows.blocks()) - dense(layers, weights)).abs().max() < 1e-13
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_16_bits_are_multiplied_as_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 keeps 11 bits of each factor, as many as float16 has: what was scaled before would lose digits in it."""
+    factors: list[Tensor] = []
+
+    def product(added: Tensor, one: Tensor, other: Tensor, **how: Any) -> Tensor:
+        factors.extend((one.clone(), other.clone()))
+        return baddbmm(added, one, other, **how)
+
+    baddbmm = torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", product)
+    for one in (layer(dtype=dtype), layer(dtype=dtype, softcap=2.0)):
+        for known in (one, replace(one, log_sum=log_sum(one).float())):
+            AttentionRows([known], POSITIONS, 16).block(16)
+    assert len(factors) >= 8
+    assert all(torch.equal(factor, factor.to(dtype).float()) for factor in factors)
+
+
 @known
 def test_bfloat16_is_multiplied_in_float32(known: bool) -> None:
     layers = two_layers("everything", known, torch.bfloat16)
@@ -194,6 +212,42 @@ def test_queries_of_the_last_tokens_give_the_last_rows() -> None:
         assert rows.num_tokens == N and [one.start for one in rows.blocks()] == [30, 37, 44]
         W = joined(rows.blocks())
         assert W[:30].isnan().all() and (W[30:] - whole[30:]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("block", [1, 4, 7])
+@kinds
+@known
+@weighings
+def test_layers_that_lie_elsewhere_are_brought_once_per_band(
+    kind: str, known: bool, weights: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bands of 7 or 8 rows, the last of which is held; blocks are those of layers that lie here."""
+    layers = two_layers(kind, known)
+    theirs = list(AttentionRows(layers, POSITIONS, block, weights).blocks())
+    moved: list[int] = []
+
+    def bring(heads: Tensor, device: torch.device) -> Tensor:
+        moved.append(heads.shape[1])
+        return heads.clone()
+
+    monkeypatch.setattr(rows_module, "bring", bring)
+    monkeypatch.setattr(LayerQK, "lies_on", lambda self, device: self.key is not layers[0].key)
+    monkeypatch.setitem(rows_module.BLOCK_ROWS, "other", 8)
+    rows, band = AttentionRows(layers, POSITIONS, block, weights), 7 if block == 7 else 8
+    ends = [min(start + band, N) for start in range(0, N, band)]
+    for order in (False, True, False):
+        moved.clear()
+        held = rows._band
+        found = sorted(rows.blocks(last_first=order))
+        sent = ends if not held else ends[:-1] if order else ends[1:]
+        assert sorted(moved[1::2]) == sent  # keys, after the queries
+        for ours, expected in zip(found, theirs, strict=True):
+            assert ours.start == expected.start
+            torch.testing.assert_close(ours.weight, expected.weight, rtol=1e-5, atol=1e-7)
+    start = found[-1].start
+    assert torch.equal(rows.square(start), found[-1].weight[:, start:])
+    assert found[-1].weight.untyped_storage().nbytes() == found[-1].weight.nbytes  # nobody holds a band by a block
+    assert rows.held_bytes == 4 * band * N == 4 * N * rows_of_a_band(N, block)
 
 
 def test_no_tile_is_larger_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flowgraph import Threshold, capture, sparsify, stream
-from flowgraph.capture import softmax_layers_of
+from flowgraph.chunks import ChunkCache, passes, refusal
+from flowgraph.interface import Recorder, model_inputs
 from flowgraph.rows import Rows
 from tests.models import ARCHITECTURES, VOCABULARY, tiny
 
@@ -42,6 +44,24 @@ def test_equals_the_rows_of_a_capture(name: str, weights: str) -> None:
     for chunk, offload, block in ((8, False, 3), (8, True, None), (44, True, None), (N, False, 7), (1000, True, None)):
         rows = stream(model, ids(), layers="all", chunk=chunk, weights=weights, offload=offload, block=block)
         assert (dense(rows) - expected).abs().max() < 1e-5, (chunk, offload, block)
+
+
+def test_what_waits_in_cpu_memory_is_written_there_once() -> None:
+    """The cache of each layer grows in one place, and holds what it would hold elsewhere."""
+    model, given = tiny("llama"), model_inputs(ids(), None, None)
+
+    def caches(offload: bool) -> Iterator[tuple[int, ChunkCache]]:
+        for one in passes(model, Recorder(frozenset([2]), 2), given, 16, offload):
+            assert one.cache is not None
+            yield one.stop, one.cache
+
+    places = set()
+    for (stop, ours), (_, theirs) in zip(caches(True), caches(False), strict=True):
+        for layer in (0, 1, 2):
+            assert torch.equal(ours.keys(layer), theirs.keys(layer)) and ours.keys(layer).shape[2] == stop
+            places.add(ours.keys(layer).data_ptr())
+            assert ours.keys(layer)[0, 0].is_contiguous()  # which a copy to a GPU needs
+    assert len(places) == 3
 
 
 def test_positions_that_begin_elsewhere() -> None:
@@ -97,7 +117,7 @@ def test_the_model_is_free_between_blocks_and_as_it_was() -> None:
 
 def test_the_model_runs_no_further_than_it_is_read() -> None:
     model = tiny("llama")
-    softmax_layers_of(model, ids())
+    assert refusal(model) is None
     lengths: list[int] = []
     model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     blocks = stream(model, ids(), chunk=10, block=5).blocks()

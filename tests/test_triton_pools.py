@@ -46,7 +46,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow
 @compiled
 def test_the_kernels_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    run_interpreted(__file__, of="triton_pools")
 
 
 # --- pools -----------------------------------------------------------------------------------------------------------
@@ -274,16 +274,17 @@ def test_from_queries_to_flow(edges: EdgeRule | None, weights: str, draw: torch.
 
 @interpreted
 @kernels
+@pytest.mark.parametrize("kind", ["kept", "stream"])
 @pytest.mark.parametrize("edges", [None, TopK(0), TopK(3)])
 @pytest.mark.parametrize("where", ["query", "key"])
-def test_nan_is_named_as_torch_names_it(where: str, edges: EdgeRule | None, draw: torch.Generator) -> None:
+def test_nan_is_named_as_torch_names_it(where: str, edges: EdgeRule | None, kind: str, draw: torch.Generator) -> None:
     one = with_log_sum(layer(draw, 30), torch.arange(30))
     getattr(one, where)[0, 14] = torch.nan
     messages = []
     for backend in ("triton", "torch"):
         rows = AttentionRows([one], torch.arange(30), 8, backend=backend)
         with pytest.raises(ValueError, match=r"^W\[\d+, \d+\] = nan") as error:
-            sparse_graph(rows, edges=edges, **masks_of(30))
+            sparse_graph(rows if kind == "kept" else Streamed(rows), edges=edges, **masks_of(30))
         messages.append(str(error.value))
     assert messages[0] == messages[1]
 
@@ -301,15 +302,31 @@ class Looks(TorchDispatchMode):
 
 @interpreted
 @kernels
+@pytest.mark.parametrize("kind", ["kept", "stream"])
 @pytest.mark.parametrize(("rule", "waits"), [(Threshold(0.01), False), (TopK(0), False), (TopK(1), True)], ids=str)
-def test_the_host_does_not_wait_between_blocks(rule: EdgeRule, waits: bool, draw: torch.Generator) -> None:
+def test_the_host_does_not_wait_between_blocks(rule: EdgeRule, waits: bool, kind: str, draw: torch.Generator) -> None:
     """Edges over a threshold: a block costs launches, and no look at what came of them."""
     layers, counts = [layer(draw, 20)], []
     for block in (20, 7):
+        rows = AttentionRows(layers, torch.arange(20), block, backend="triton")
         with Looks() as looks:
-            sparse_graph(AttentionRows(layers, torch.arange(20), block, backend="triton"), edges=rule, **masks_of(20))
+            sparse_graph(rows if kind == "kept" else Streamed(rows), edges=rule, **masks_of(20))
         counts.append(looks.count)
     assert counts[0] > 0 and (counts[1] > counts[0]) == waits
+
+
+class Streamed:
+    """Rows as a stream gives them."""
+
+    once = True
+
+    def __init__(self, rows: AttentionRows) -> None:
+        self.num_tokens, self.backend, self._rows, self._read = rows.num_tokens, rows.backend, rows, False
+
+    def blocks(self, last_first: bool = False) -> Iterator[RowBlock]:
+        assert not last_first and not self._read
+        self._read = True
+        return self._rows.blocks()
 
 
 # --- without the interpreter -----------------------------------------------------------------------------------------

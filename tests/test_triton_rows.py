@@ -8,19 +8,22 @@ The tests of the kernels run in a process of their own, which one test starts (t
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgraph import rows as rows_module
-from flowgraph.rows import AttentionRows, BlockedRows, DenseRows, KeptRows, LayerQK, choose_backend
+from flowgraph.rows import TRITON_HEAD, AttentionRows, BlockedRows, DenseRows, KeptRows, LayerQK, choose_backend
 from flowgraph.sparsify import Edges, Threshold, TopK, sparsify
 from tests.interpreted import (
     IN_THE_INTERPRETER,
     SHAPES,
     compiled,
     documents,
+    for_an_h100,
     interpreted,
     layer,
     of_tiles_for_an_h100,
@@ -34,7 +37,7 @@ from tests.interpreted import poisoned as poisoned
 
 @compiled
 def test_the_kernels_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    run_interpreted(__file__, of="triton_rows")
 
 
 def joined(rows: BlockedRows) -> Tensor:
@@ -173,10 +176,30 @@ def test_layers_that_lie_elsewhere_come_with_every_block(
 
 
 @interpreted
-def test_the_tiles_that_a_gpu_gets(draw: torch.Generator) -> None:
+@pytest.mark.parametrize("D", [8, 160, 512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_tiles_that_a_gpu_gets(dtype: torch.dtype, D: int, draw: torch.Generator) -> None:
     """Larger than the trace, and more than one."""
-    layers = [layer(draw, 150, dtype=torch.bfloat16, visible=window(20)), layer(draw, 150, dtype=torch.bfloat16)]
-    same_rows(layers, 70)
+    seen = [None, window(20)]
+    same_rows([layer(draw, 150, D=D, dtype=dtype, loud=(8 / D) ** 0.5, visible=see) for see in seen], 70)
+
+
+@interpreted
+def test_heads_too_large_for_a_tile_are_refused(draw: torch.Generator) -> None:
+    with pytest.raises(ValueError, match=r'backend="triton" takes heads of up to 512 numbers.* heads of 520: use'):
+        AttentionRows([layer(draw, 5, D=520)], torch.arange(5), backend="triton")
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+def test_a_row_that_sees_nothing_has_no_sum(draw: torch.Generator) -> None:
+    from flowgraph.triton_rows import log_sums
+
+    one, first = layer(draw, 20), torch.zeros(20, dtype=torch.int32)
+    first[7] = 8
+    own, valued = log_sums(one.query, one.key, one.scaling, first=first, norm=one.value_norm)
+    assert valued is not None and own[:, 7].eq(-torch.inf).all() and valued[:, 7].eq(-torch.inf).all()
+    assert own.isinf().sum() == valued.isinf().sum() == 2 and not own.isnan().any() and not valued.isnan().any()
 
 
 @interpreted
@@ -223,6 +246,13 @@ def test_edges_of_any_blocks(block: int, draw: torch.Generator) -> None:
 
 @interpreted
 @pytest.mark.usefixtures("poisoned")
+def test_edges_of_blocks_that_lie_otherwise_in_memory(draw: torch.Generator) -> None:
+    W = attention(draw, 20)
+    assert same_edges(W.T.contiguous().T, Threshold(0.02)).edge_index.equal(same_edges(W, Threshold(0.02)).edge_index)
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
 def test_rows_that_keep_nothing_and_rows_that_keep_everything() -> None:
     even = torch.ones(40, 40).tril()
     even /= even.sum(-1, keepdim=True)
@@ -244,6 +274,33 @@ def test_as_many_as_fit_and_one_too_many() -> None:
     W[11, 2:9] = 0.3
     with pytest.raises(ValueError, match=r"row 11 of W has 7 weights above 0\.2, .* sum to 1 at most"):
         by_kernel(W, Threshold(0.2))
+
+
+class Seen(TorchDispatchMode):
+    """The names of what is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+def test_places_that_are_taken_are_found_without_a_mask_of_all_places(draw: torch.Generator) -> None:
+    """Of which there may be more than CUDA's nonzero takes; and the host waits for one tensor alone."""
+    from flowgraph.triton_rows import Above
+
+    above = Above(37, 0.04, torch.device("cpu"))
+    for start, block in reversed(list(DenseRows(attention(draw, 37), 9).blocks())):
+        above.take(start, block)
+    with Seen() as seen:
+        assert above.kept().source.numel()
+    assert not {"nonzero", "masked_select", "_local_scalar_dense", "item"} & set(seen.names)
+    assert len(seen.names) < 40
 
 
 @interpreted
@@ -306,8 +363,14 @@ def test_what_is_named_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> N
     if not IN_THE_INTERPRETER:
         with pytest.raises(ValueError, match=r"needs a GPU and the tensors are on the CPU.*TRITON_INTERPRET=1"):
             AttentionRows([one], positions, backend="triton")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ImportError, match=r"Triton 3\.3 or later.*this is Triton 3\.2\.0"),
+    ):
+        patch.setattr("triton.__version__", "3.2.0")
+        choose_backend("triton", cuda, torch.bfloat16)
     monkeypatch.setattr(rows_module, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'needs Triton: pip install "flowgraph-llm\[cuda\]"'):
+    with pytest.raises(ImportError, match=r'needs Triton: pip install "flowgraph-llm\[cuda13\]"'):
         choose_backend("triton", cuda, torch.bfloat16)
 
 
@@ -328,6 +391,43 @@ def test_the_kernel_of_rows_compiles_for_an_h100(dtype: torch.dtype) -> None:
     assert "tf32" not in ptx and "ld.global.v4" in ptx and "atom" not in ptx
 
 
+@compiled
+@pytest.mark.parametrize("D", [64, 256, TRITON_HEAD])
+@pytest.mark.parametrize("kind", ["plain", "soft cap", "window", "value norms"])
+def test_every_kind_of_rows_fits_into_an_h100(kind: str, D: int) -> None:
+    """Its shared memory; registers that are too few only cost time."""
+    from flowgraph import triton_rows
+
+    tile, dtype = triton_rows.tile_for(256, D, torch.bfloat16), torch.bfloat16
+    kinds = {"HAS_CAP": kind == "soft cap", "HAS_FIRST": kind == "window", "HAS_NORM": kind == "value norms"}
+    for add in (False, True):
+        made = of_tiles_for_an_h100(
+            triton_rows._rows_kernel, {"out": "*fp32"}, {"ADD": add, "BLOCK_D": D} | kinds, tile, dtype
+        )
+        assert made.metadata.shared <= 227 * 1024 and "atom" not in made.asm["ptx"]
+    types = {name: "*fp32" for name in ("out", "by_value", "norm")} | {"first": "*i32", "scale": "fp32", "cap": "fp32"}
+    sizes = {"BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "BLOCK_D": D}
+    made = for_an_h100(
+        triton_rows._log_sum_kernel,
+        types | {"query": "*bf16", "key": "*bf16"},
+        {"GROUP": 4, "MULTIPLY": triton_rows._DTYPES[dtype]} | kinds | sizes,
+        {"query", "key", "query_head", "query_row", "key_head", "key_row", "D"},
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    assert made.metadata.shared <= 227 * 1024 and "wgmma" in made.asm["ptx"]
+
+
+@compiled
+def test_the_kernel_that_keeps_edges_compiles_for_an_h100() -> None:
+    from flowgraph import triton_rows
+
+    types = {"block": "*fp32", "columns": "*i32", "weights": "*fp32", "sums": "*fp32", "numbers": "*i32"}
+    sizes = {"BLOCK_R": triton_rows.KEEP_ROWS, "BLOCK_C": triton_rows.KEEP_COLUMNS}
+    made = for_an_h100(triton_rows._keep_kernel, types | {"threshold": "fp32"}, sizes, set(types), num_warps=4)
+    assert "atom" not in made.asm["ptx"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("weights", ["attention", "value_norm"])
@@ -340,8 +440,7 @@ def test_rows_and_edges_on_a_gpu(weights: str, dtype: torch.dtype, draw: torch.G
         if one.value_norm is not None
     ]
     positions = torch.arange(N, device="cuda")
-    rows = AttentionRows(moved, positions, 256, weights)
-    assert rows.backend == "triton"
+    rows = AttentionRows(moved, positions, 256, weights, backend="triton")
     W = joined(rows)
     theirs = joined(AttentionRows(layers, torch.arange(N), 256, weights, backend="torch"))
     assert (W - theirs).abs().max() < 1e-5

@@ -31,7 +31,7 @@ INTERPRETED: dict[str, Any] = {"seconds": 900, "FLOWGRAPH_SOLVERS": "sweep", "OM
 
 @compiled
 def test_the_kernel_in_the_interpreter() -> None:
-    run_interpreted(HERE, **INTERPRETED)
+    run_interpreted(HERE, of="triton_solve", **INTERPRETED)
 
 
 @compiled

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowgraph import rows as rows_module
 from flowgraph.exact import exact_flow
 from flowgraph.flow import Flow
 from flowgraph.rows import AttentionRows, BlockedRows, KeptRows, LayerQK, solve_square
@@ -41,7 +42,7 @@ kernels = pytest.mark.usefixtures("poisoned")
 @pytest.mark.slow
 @compiled
 def test_the_kernels_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    run_interpreted(__file__, of="triton_sweeps")
 
 
 def decades(draw: torch.Generator, *shape: int) -> Tensor:
@@ -108,11 +109,68 @@ def test_queries_of_the_last_tokens(draw: torch.Generator) -> None:
 @interpreted
 @kernels
 def test_layers_that_lie_elsewhere(draw: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, and in bands of 20 rows."""
     from flowgraph.triton_rows import TritonRows
 
-    monkeypatch.setattr(TritonRows, "_is_here", lambda self, layer: layer.softcap is None)
     layers = [layer(draw, 30, softcap=2.0, visible=window(12)), layer(draw, 30)]
+    monkeypatch.setattr(TritonRows, "_is_here", lambda self, layer: layer.softcap is None)
     same_sums(AttentionRows(layers, torch.arange(30), 16, "value_norm", "triton"), draw, rtol=1e-6)
+    monkeypatch.setattr(LayerQK, "lies_on", lambda self, device: self.softcap is None)
+    monkeypatch.setitem(rows_module.BLOCK_ROWS, "other", 20)
+    same_sums(AttentionRows(layers, torch.arange(30), 5, "value_norm", "triton"), draw, rtol=1e-6)
+
+
+@interpreted
+@kernels
+@pytest.mark.parametrize("edges", [None, TopK(0)])
+def test_keys_that_lie_elsewhere_are_sent_once_per_band_and_sweep(
+    edges: TopK | None, draw: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six blocks of 5 rows are two bands. What a layer's log-sum-exp is, is worked out in the first sweep alone."""
+    from flowgraph import triton_rows
+
+    layers = [layer(draw, 30, heads=3), with_log_sum(layer(draw, 30, heads=3), torch.arange(30))]
+    place, masks = torch.arange(30), masks_of(30)
+    expected = exact_flow(AttentionRows(layers, place, 5, backend="triton"), edges=edges, **masks)
+    asked: list[tuple[int, int]] = []
+    bring, log_sums = rows_module.bring, triton_rows.log_sums
+
+    def bringing(heads: Tensor, device: torch.device) -> Tensor:
+        asked.append((len(heads), heads.shape[1]))
+        return bring(heads, device)
+
+    def adding(query: Tensor, *rest: Any) -> Any:
+        asked.append((0, query.shape[1]))
+        return log_sums(query, *rest)
+
+    monkeypatch.setattr(rows_module, "bring", bringing)
+    monkeypatch.setattr(triton_rows, "log_sums", adding)
+    monkeypatch.setattr(LayerQK, "lies_on", lambda self, device: False)
+    monkeypatch.setitem(rows_module.BLOCK_ROWS, "other", 20)
+    found = exact_flow(AttentionRows(layers, place, 5, backend="triton"), edges=edges, **masks)
+    same_flow(found, expected)
+    # (heads, tokens) of each: 3 of queries, 1 of keys, and 0 where the log-sum-exp of so many rows was worked out.
+    last, first = [(3, 10), (1, 30)], [(3, 20), (1, 20)]
+    down = [*last, (0, 10), *last, *first, (0, 20), *first]
+    assert asked == [*down, *last, *last]  # the band that was the last one is held
+
+
+@interpreted
+def test_squares_of_rows_that_are_far_apart(draw: torch.Generator) -> None:
+    """Beyond what 32 bits count: all but the square itself is never touched."""
+    from flowgraph.triton_sweeps import TritonSweeps
+
+    far = 2**30 + 3
+    try:
+        square = torch.empty(3 * far).as_strided((3, 3), (far, 1))
+    except RuntimeError as error:
+        pytest.skip(f"no room for 13 GB of addresses: {error}")
+    square.copy_(torch.rand(3, 3, generator=draw))
+    rows = TritonSweeps([layer(draw, 4)], torch.arange(4), by_value=False)
+    right, all_ = decades(draw, 3), torch.ones(3, dtype=torch.bool)
+    for backward in (False, True):
+        theirs = solve_square(square.double(), right, all_, all_, backward)
+        torch.testing.assert_close(rows.solve(square, right, all_, all_, backward), theirs, rtol=1e-12, atol=1e-300)
 
 
 @interpreted

@@ -17,6 +17,9 @@ WAYS = ("sparse triton", "exact triton", "sparse torch", "exact torch")
 """Mode and backend."""
 BARE = "exact triton no edges"
 """Credits alone, as training wants them: no edges are listed."""
+OFFLOAD = " offload"
+"""At the end of a way: queries and keys wait in the memory of the host."""
+LONG_WAYS = ("sparse triton" + OFFLOAD, "exact triton" + OFFLOAD, BARE + OFFLOAD, *WAYS)
 TILES = tuple(
     f"tile {rows}x{columns} warps {warps} stages {stages}"
     for rows, columns, warps in ((64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8), (128, 64, 8), (64, 128, 8))
@@ -73,5 +76,5 @@ def _plan(
     cases += [Case("scorer", way, shape, typical) for way in ("sparse triton", "sparse torch")]
     cases += [Case("tune", what, shape, typical) for what in tuned]
     cases += [Case("credits", way, other, N) for other, N in more for way in WAYS[:2]]
-    cases += [Case("long", way, other, N) for way in WAYS for other, N in longest]
+    cases += [Case("long", way, other, N) for way in LONG_WAYS for other, N in longest]
     return cases

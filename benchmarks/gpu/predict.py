@@ -26,7 +26,8 @@ class Work(NamedTuple):
     Attributes:
         matrix: FLOP of large products on tensor cores. attention: the same inside attention kernels, where they wait
             for powers. vector: float32 FLOP outside of tensor cores. powers: of 2. memory, cache: bytes, of the card's
-            memory and of its L2. launches: of kernels, one after the other. chain: steps that wait for each other.
+            memory and of its L2. link: bytes between the host's memory, pinned, and the card. launches: of kernels, one
+            after the other. chain: steps that wait for each other.
     """
 
     matrix: float = 0.0
@@ -35,6 +36,7 @@ class Work(NamedTuple):
     powers: float = 0.0
     memory: float = 0.0
     cache: float = 0.0
+    link: float = 0.0
     launches: float = 0.0
     chain: float = 0.0
 
@@ -49,13 +51,14 @@ H100 = Work(
     powers=132 * 16 * 1.755e9,  # multiprocessors, per clock, clock
     memory=3.35e12,  # data sheet
     cache=5.5e12,
+    link=64e9,  # PCIe 5, 16 lanes, each way
     launches=1 / 5e-6,
     chain=1 / 0.7e-6,
 )
 """Per second."""
 
-REACHED = Work(0.65, 0.45, 0.5, 0.8, 0.85, 1.0, 1.0, 1.0)
-"""The shares of these rates that are expected of kernels."""
+REACHED = Work(0.65, 0.45, 0.5, 0.8, 0.85, 1.0, 0.86, 1.0, 1.0)
+"""The shares of these rates that are expected of kernels; of the link, of large copies: 55 GB/s."""
 
 LAUNCHES = {
     "torch rows": 13,
@@ -106,6 +109,12 @@ def least(work: Work, rates: Work = H100) -> tuple[str, float]:
 def block_rows(num_tokens: int) -> int:
     """Rows of a block on a GPU: up to 1,024 in 64 MiB (`flowgraph.rows.rows_of_a_block`)."""
     return max(16, min(1024, 64 * 2**20 // (4 * num_tokens)))
+
+
+def band_rows(num_tokens: int) -> int:
+    """Rows that keys are sent for at a time: 1,024 in 512 MiB, in whole blocks (`flowgraph.rows.rows_of_a_band`)."""
+    block = block_rows(num_tokens)
+    return block * max(1, min(1024, 512 * 2**20 // (4 * num_tokens)) // block)
 
 
 def is_kept(num_tokens: int) -> bool:
@@ -164,6 +173,21 @@ def forward(shape: Shape, num_tokens: int, layers: int | None = None) -> tuple[W
     )
 
 
+def sent_rows(shape: Shape, num_tokens: int) -> Work:
+    """What comes from the host for one reading: queries once, and keys once for each band. Nothing runs meanwhile."""
+    bands, head = num_tokens / band_rows(num_tokens), 2 * shape.head_size * num_tokens
+    link = shape.chosen * head * (shape.heads + shape.key_heads * (bands + 1) / 2)
+    return Work(link=link, launches=shape.chosen * (shape.heads + shape.key_heads) * bands)
+
+
+def sent_cache(shape: Shape, num_tokens: int) -> Work:
+    """Keys and values of all layers up to the last that is read: to the host once, and back for each later chunk."""
+    chunks = num_tokens / CHUNK
+    per_token = shape.deepest * 2 * shape.key_heads * shape.head_size * 2
+    copies = 4 * shape.key_heads * shape.deepest * chunks
+    return Work(link=per_token * num_tokens * (1 + max(0.0, chunks - 1) / 2), launches=copies)
+
+
 def solve(num_tokens: int, num_edges: float, solver: str, graphs: int = 1) -> Work:
     """Reach and flow of some graphs of N tokens each, with so many edges together."""
     E, nodes = num_edges, num_tokens * graphs
@@ -200,10 +224,19 @@ def credits_of(shape: Shape, num_tokens: int, way: str, streams: bool = False) -
     """From queries and keys to credits, piece by piece.
 
     Args:
-        way: mode and backend, as "sparse triton"; "exact triton no edges": without a list of edges.
+        way: mode and backend, as "sparse triton"; "exact triton no edges": without a list of edges; and "offload" at
+            the end: queries and keys lie in the host's memory.
         streams: rows come from first to last, while the model runs; sparse mode then solves no systems within blocks.
     """
     N, pairs = num_tokens, num_tokens**2 / 2
+    if way.endswith(" offload"):
+        pieces = credits_of(shape, N, way.removesuffix(" offload"), streams)
+        sent = sent_rows(shape, N)
+        if way.startswith("sparse") and streams:  # the queries of a chunk are there already
+            sent = sent._replace(link=sent.link - shape.chosen * shape.heads * shape.head_size * 2 * N)
+        if "no edges" in way and not is_kept(N):  # summed up from rows that were written, as those that are kept
+            pieces["sweeps"] = pieces["sweeps"].plus(Work(memory=41 * pairs))
+        return pieces | {f"{name}, sent": sent for name in ("rows", "rows again") if name in pieces}
     mode, backend, *rest = way.split(" ")
     blocks = N / block_rows(N)
     trace = Work(launches=LAUNCHES["trace"])
@@ -234,16 +267,36 @@ def activation_bytes(shape: Shape, num_tokens: int) -> float:
     return float(2 * num_tokens * (3 * shape.hidden + 3 * shape.intermediate))
 
 
-def credits_bytes(num_tokens: int, way: str, streams: bool = False) -> float:
-    """Of a block and its copies, and of what is made of edges."""
+def credits_bytes(num_tokens: int, way: str, per_edge: int = 100) -> float:
+    """Of a block and its copies, and of what is made of edges (28 bytes each, while they are but listed)."""
     N, (mode, backend, *rest) = num_tokens, way.split(" ")
+    rest = [word for word in rest if word != "offload"]
     per_number, edges, places = (42, EDGES + LINKS, 0) if mode == "sparse" else (54, 0 if rest else 32, 0)
     if mode == "sparse" and backend == "triton":
         per_number, places = 8, PLACES  # a block, and the one before
     elif rest:
         per_number = 16 if is_kept(N) else 8
-    kept = 2 * N**2 if mode == "exact" and is_kept(N) else 0
-    return float(per_number * N * block_rows(N) + (100 * edges + 8 * places) * N + kept)
+    band = 4 * N * band_rows(N) if way.endswith(" offload") else 0
+    # Blocks that are kept, and the band that is held beside them, have 512 MiB.
+    kept = max(band, min(2 * N**2, 512 * 2**20)) if mode == "exact" else band
+    return float(per_number * N * block_rows(N) + (per_edge * edges + 8 * places) * N + kept)
+
+
+def long_bytes(shape: Shape, num_tokens: int, way: str) -> float:
+    """Of a trace by chunks: the model with its cache, or rows and what is made of them, whichever takes more."""
+    N, queries = num_tokens, 2 * shape.heads * shape.head_size
+    layer = 2 * 2 * shape.key_heads * shape.head_size * N  # keys and values
+    exact, offload = way.startswith("exact"), way.endswith(" offload")
+    # While the model runs on, a stream has its edges, a block that waits, and queries of a chunk.
+    chunk = min(N, CHUNK) * shape.chosen * (queries + 4 * shape.heads)
+    waiting = 0.0 if exact else chunk + 4 * N * block_rows(N) + 8 * PLACES * N * way.startswith("sparse triton")
+    runs = activation_bytes(shape, CHUNK) + waiting
+    reads = credits_bytes(N, way, per_edge=28) + (0 if exact else chunk)
+    if offload:  # the keys and values of one layer, of which one is copied; the keys of one
+        sums = 4 * shape.chosen * shape.heads * N if exact else 0
+        return sums + max(runs + 1.5 * layer, reads + layer / 2)
+    held = shape.deepest * layer + (shape.chosen * (queries + 4 * shape.heads) * N if exact else 0)
+    return held + max(runs + layer / 2, reads)
 
 
 # --- what is expected of a case ---------------------------------------------------------------------------------------
@@ -276,11 +329,15 @@ def predict(stage: str, what: str, shape: Shape | None, num_tokens: int) -> dict
             "peak_bytes_above_forward": above,
         }
     if stage == "long":
-        plain = seconds(*forward(shape, N))
-        ours = seconds(*forward(shape, N, shape.deepest), *credits_of(shape, N, what, streams=True).values())
-        layer = 2 * 2 * shape.key_heads * shape.head_size * N  # keys and values of the layer that runs, old and new
-        held = activation_bytes(shape, CHUNK) + 2 * layer + credits_bytes(N, what, streams=True)
-        return {"forward_seconds": plain, "seconds": ours, "time_over_forward": ours / plain, "peak_bytes": held}
+        plain, offload = seconds(*forward(shape, N)), what.endswith(" offload")
+        pieces = [*forward(shape, N, shape.deepest), *credits_of(shape, N, what, streams=True).values()]
+        ours = seconds(*pieces, *([sent_cache(shape, N)] if offload else []))
+        return {
+            "forward_seconds": plain,
+            "seconds": ours,
+            "time_over_forward": ours / plain,
+            "peak_bytes": long_bytes(shape, N, what),
+        }
     if stage == "solves":
         solver = what.split(" ")[0]
         graphs, per_token = SOLVED

@@ -7,7 +7,7 @@
     solves     reach and flow of a batch of graphs, by every solver and library that there is
     scorer     a batch of rollouts through a `Scorer`, against a step of training
     tune       kernels once more, with other tiles and other blocks of rows
-    long       one long trace by chunks of tokens, queries and keys in the memory of the host
+    long       one long trace by chunks of tokens, queries and keys on the card or in the memory of the host
 
 All numbers are seconds, bytes, or counts per second; names say which. Shapes: N tokens, H query heads, K key heads, D
 head size, L layers, r rows of a block.
@@ -26,7 +26,7 @@ from torch_geometric.data import Batch
 
 from benchmarks.gpu import equality
 from benchmarks.gpu.clock import LONG, Clock
-from benchmarks.gpu.plan import Case
+from benchmarks.gpu.plan import OFFLOAD, Case
 from benchmarks.gpu.predict import CHUNK, SOLVED
 from benchmarks.gpu.present import Absent, has_triton, need_solver, need_triton, solver_clock
 from benchmarks.gpu.shapes import ANSWER, SHAPES, SHARPNESS, Shape, ids_of, masks_of, model_of, prompt_of
@@ -242,9 +242,10 @@ def credits_in_passing(bench: Bench, case: Case) -> Found:
 
 
 def long(bench: Bench, case: Case) -> Found:
-    """A trace with a pass of its own, as `Tracer` does it where memory is short."""
+    """A trace with a pass of its own, by chunks, as `Tracer` does it where memory is short."""
     chunk = min(CHUNK, max(16, case.tokens // 4))
-    tracer = _tracer(bench, case, chunk=chunk, offload=True)
+    offload = case.what.endswith(OFFLOAD)
+    tracer = _tracer(bench, case._replace(what=case.what.removesuffix(OFFLOAD)), chunk=chunk, offload=offload)
     shape, N = SHAPES[case.shape], case.tokens
     ids, masks = ids_of(shape, N, bench.seed).to(bench.device), masks_of(N)
     few = min(N, 1024)

@@ -35,6 +35,8 @@ def about(device: torch.device) -> dict[str, Any]:
             found[name] = import_module(name).__version__
         except ImportError:
             found[name] = "absent"
+        except Exception as error:  # built for another torch or another CUDA: the cases that need it will say so
+            found[name] = f"unusable: {type(error).__name__}: {str(error)[:200]}"
     if card is not None:
         found |= {
             "card": card.name,
