@@ -17,7 +17,7 @@ from flowgraph._version import __version__
 if TYPE_CHECKING:
     from flowgraph.answers import find_answer
     from flowgraph.backbone import Backbone, Hub, Path, Paths, backbone, hubs, paths, width
-    from flowgraph.capture import Capture, capture
+    from flowgraph.capture import Capture, capture, recording
     from flowgraph.certificate import Certificate, Witnesses, certify
     from flowgraph.checkpoints import Checkpoint, Checkpoints, Removal, carriers, checkpoints, removal
     from flowgraph.coarse import contract
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _HOME = {
     "answers": ("find_answer",),
     "backbone": ("Backbone", "Hub", "Path", "Paths", "backbone", "hubs", "paths", "width"),
-    "capture": ("Capture", "capture"),
+    "capture": ("Capture", "capture", "recording"),
     "certificate": ("Certificate", "Witnesses", "certify"),
     "checkpoints": ("Checkpoint", "Checkpoints", "Removal", "carriers", "checkpoints", "removal"),
     "coarse": ("contract",),
@@ -136,6 +136,7 @@ __all__ = [
     "locate",
     "measures",
     "paths",
+    "recording",
     "removal",
     "report",
     "sparse_graph",

@@ -39,19 +39,18 @@ def find_answer(text: str, finder: Finder = "auto") -> Answer:
     """Find the answer in a response; the last match of a finder wins.
 
     Args:
-        finder: a key of `FINDERS`; "auto": the first of them, in that order, that matches; a regular
-            expression: group 1 if it has one, else the whole match; a function of the text that returns one
-            (start, stop), a sequence of them, or None. What these two give is taken as it is, untrimmed.
+        finder: a key of `FINDERS` ("A:" takes "Answer:" and "Final answer:" too); "auto": the first of them, in that
+            order, that matches; a regular expression: group 1 if it has one, else the whole match; a function of the
+            text that returns one (start, stop), a sequence of them, or None. What these two give is taken as it is,
+            untrimmed.
 
     With "auto", what follows a marker that never ends is not searched for other markers: `the answer is
     \\boxed{4` is cut off and answers nothing.
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
+    check_finder(finder)
     if isinstance(finder, str):
-        if finder != "auto" and finder not in FINDERS:
-            known = ["auto", *FINDERS]
-            raise ValueError(f"unknown finder {finder!r}; use one of {known}, a re.Pattern or a function")
         spans: list[Span] = []
         cut_off = False
         name = finder
@@ -62,18 +61,31 @@ def find_answer(text: str, finder: Finder = "auto") -> Answer:
                 break
             text = text[:opened]
     elif isinstance(finder, re.Pattern):
-        if not isinstance(finder.pattern, str):
-            raise TypeError(f"finder must be a pattern of text, not of bytes: {finder.pattern!r}")
         group = 1 if finder.groups else 0
         spans = [m.span(group) for m in finder.finditer(text) if m[group]]
         name, cut_off = finder.pattern, False
-    elif callable(finder):
+    else:
         name, cut_off = getattr(finder, "__name__", repr(finder)), False
         spans = _spans_of_function(finder, name, text)
-    else:
-        raise TypeError(f"finder must be a name, a regular expression or a function, not {type(finder).__name__}")
     raised = {"no_answer": not spans, "cut_off": cut_off, "several_answers": len(spans) > 1}
     return Answer(Match(*spans[-1], name) if spans else None, tuple(f for f in FLAGS if raised.get(f)))
+
+
+def check_finder(finder: Finder) -> None:
+    """Refuse what `find_answer` can't take. A function is not called.
+
+    Raises:
+        ValueError: there is no finder of that name. TypeError: it is no name, no pattern of text and no function.
+    """
+    if isinstance(finder, str):
+        if finder != "auto" and finder not in FINDERS:
+            known = ["auto", *FINDERS]
+            raise ValueError(f"unknown finder {finder!r}; use one of {known}, a re.Pattern or a function")
+    elif isinstance(finder, re.Pattern):
+        if not isinstance(finder.pattern, str):
+            raise TypeError(f"finder must be a pattern of text, not of bytes: {finder.pattern!r}")
+    elif not callable(finder):
+        raise TypeError(f"finder must be a name, a regular expression or a function, not {type(finder).__name__}")
 
 
 def _spans_of_function(finder: Callable[[str], Any], name: str, text: str) -> list[Span]:
@@ -109,7 +121,9 @@ def _trim(text: str, start: int, stop: int) -> list[Span]:
 _BOX = re.compile(r"(\\{1,2}(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 TAG = re.compile(r"<(/?)answer\s*>", re.IGNORECASE)
 _HASHES = re.compile(r"(?<!#)####(?!#)")
-_A_COLON = re.compile(r"^[ \t]*(?:\*\*)?A:(?:\*\*)?", re.MULTILINE)
+_A_COLON = re.compile(
+    r"^[ \t]*(?:\*\*)?(?:A|(?i:(?:final[ \t]+)?answer))(?:\*\*)?[ \t]*:(?:\*\*)?", re.MULTILINE
+)  # "A:", "Answer:", "Final answer:", at the start of a line, bold or not
 _ANSWER_IS = re.compile(r"\banswer\s+is\b", re.IGNORECASE)
 _LEAD = re.compile(r"(?:\s|:|\*\*(?=[\s:]))*")  # between "answer is" and the answer
 _WRAPPED = re.compile(
@@ -167,7 +181,9 @@ def _after(marker: re.Pattern[str], inside: Callable[[str, int, int], Span]) -> 
 
 def _line(text: str, start: int, limit: int) -> Span:
     end = text.find("\n", start, limit)
-    return start, limit if end < 0 else end
+    end = start + len(text[start : limit if end < 0 else end].rstrip())
+    opened_before = text.count("**", start, end) % 2 == 1 and text.endswith("**", start, end)  # **A: 5**
+    return start, end - 2 if opened_before else end
 
 
 def _sentence(text: str, start: int, limit: int) -> Span:

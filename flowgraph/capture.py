@@ -13,6 +13,7 @@ Shapes: B rows of a batch, T their length with pads, N tokens of one trace, H qu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flowgraph.chunks import Store, check_chunk, passes
+from flowgraph.chunks import Store, check_chunk, has_state, passes
 from flowgraph.interface import (
     KeptLayer,
     Recorder,
@@ -55,7 +56,7 @@ __all__ = [
 Layers = Literal["middle", "all"] | Sequence[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Capture:
     """Queries and keys of the chosen layers for a whole batch.
 
@@ -173,24 +174,29 @@ def capture(
     The pass runs without gradients and in evaluation mode, on the attention kernel that the model is configured with.
 
     Args:
-        model: a causal language model of transformers (also wrapped by PEFT, DDP or `torch.compile`).
+        model: a causal language model of transformers (also wrapped by PEFT for LoRA, DDP or `torch.compile`). Prompt
+            and prefix tuning put tokens of their own before the input and are refused.
         input_ids: [B, T] int64.
         attention_mask: [B, T], 0 at pads; default: no pads.
-        position_ids: [B, T]; where it restarts at 0 within a row, a new packed document begins.
+        position_ids: [B, T]; where it restarts at 0 within a row, a new packed document begins. Layers that are no
+            softmax attention carry their state on into it (with a warning): hybrids want a row for each document.
         layers: "middle" (the middle third of the softmax layers, `L // 3 .. 2 * L // 3`), "all", or layer numbers
             (negative ones count from the end).
         values: also keep `||W_O^h v_i||`, the norm of what each head adds per unit of attention to each token, for
             rows with `weights="value_norm"`. What stands between attention and its output projection (the gates of
             Qwen3-Next and Qwen3.5) is left out.
         chunk: tokens per pass; each goes on from the model's own cache, so that the memory of activations is that of
-            a chunk. The results are those of one pass, to rounding. Default: one pass over all.
+            a chunk. The results are those of one pass, to rounding. Default: one pass over all. Whether a model goes
+            on from its cache is found out once, by passes over eight tokens.
         offload: let queries and keys wait in CPU memory (pinned, where the model is on CUDA), with `chunk` also the
             cache of the layers that don't run. Row blocks bring back what they need.
 
     Raises:
-        ValueError: the model doesn't use the attention interface, or a layer asked for by number has no softmax
-            attention (the message lists what there is); or `chunk` with packed documents, or with a model that can't
-            go on from its cache; or `values` with an attention module that has no output projection to be found.
+        ValueError: the model doesn't use the attention interface, is not causal, or puts tokens of its own before the
+            input; a layer asked for by number has no softmax attention (the message lists what there is); `chunk` with
+            packed documents, or with a model that can't go on from its cache; `values` with an attention module that
+            has no output projection to be found.
+        RuntimeError: the model is being read already, by another thread or an enclosing `recording`.
     """
     model = unwrap(model)
     input_ids = input_ids.to(device_of(model))
@@ -199,6 +205,8 @@ def capture(
     inputs = model_inputs(input_ids, attention_mask, position_ids)
     packed = position_ids is not None and is_packed(position_ids, attention_mask)
     check_chunk(chunk, inputs)
+    if packed:
+        warn_of_neighbours(model)
     documents = documents_of(inputs["position_ids"]) if packed else None
     recorder = Recorder(frozenset(chosen), chosen[-1], documents, values)
     T = input_ids.shape[1]
@@ -264,21 +272,40 @@ def recording(
         yield captures
 
 
+def warn_of_neighbours(model: nn.Module) -> None:
+    """Packed documents see each other in layers that keep a state, and no mask of ours can part them there."""
+    if has_state(model := unwrap(model)):
+        warnings.warn(
+            f"{type(model).__name__} has layers that are no softmax attention: they carry their state from one packed "
+            "document into the next, so that traces depend on their neighbours; give each document a row of its own",
+            stacklevel=3,
+        )
+
+
 def name_of(model: Any) -> str:
     """The hub name, the last part of a path (nobody needs the folders of somebody's machine), or the class."""
     name = getattr(model.config, "_name_or_path", "")
     return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
 
 
+def check_layers(layers: Layers) -> None:
+    """Raise a ValueError unless it is a name for layers or numbers of some."""
+    if isinstance(layers, str):
+        fine = layers in ("middle", "all")
+    else:
+        fine = isinstance(layers, Sequence) and len(layers) > 0 and all(isinstance(layer, int) for layer in layers)
+    if not fine:
+        raise ValueError(f'layers must be "middle", "all" or a list of layer numbers, got {layers!r}')
+
+
 def choose_layers(softmax_layers: list[int], layers: Layers) -> list[int]:
     """Resolve `layers` against the layers that have softmax attention, ascending."""
+    check_layers(layers)
     if layers == "middle":
         third = len(softmax_layers) // 3
         return softmax_layers[third : max(2 * len(softmax_layers) // 3, third + 1)]
     if layers == "all":
         return list(softmax_layers)
-    if isinstance(layers, str) or not layers or not all(isinstance(layer, int) for layer in layers):
-        raise ValueError(f'layers must be "middle", "all" or a list of layer numbers, got {layers!r}')
     depth = softmax_layers[-1] + 1
     numbers = sorted({layer + depth if layer < 0 else layer for layer in layers})
     if missing := [layer for layer in numbers if layer not in softmax_layers]:

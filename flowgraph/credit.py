@@ -31,12 +31,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch_geometric.utils import to_dense_batch
 
-from flowgraph.flow import Flow
+from flowgraph.flow import Flow, check_flow
 from flowgraph.graph import graph_batch, graph_ptr
 
 SCORES = ("throughput", "reach", "mix")
@@ -70,16 +71,7 @@ def weights_from_scores(
     Raises:
         ValueError: names the argument, the trace and the token.
     """
-    if rule not in _RULES:
-        raise ValueError(f"rule must be one of {', '.join(map(repr, _RULES))}, got {rule!r}")
-    if per not in PER:
-        raise ValueError(f"per must be one of {', '.join(map(repr, PER))}, got {per!r}")
-    if not 0 < top <= 1:
-        raise ValueError(f"top must be in (0, 1], got {top}")
-    if not (math.isfinite(gain) and gain >= 0):
-        raise ValueError(f"gain must be finite and >= 0, got {gain}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    check_rule(rule, top, gain, temperature, per)
     if scores.ndim not in (1, 2) or not scores.is_floating_point():
         raise ValueError(f"scores must be a float tensor [T] or [B, T], got {list(scores.shape)} {scores.dtype}")
     if mask.shape != scores.shape or mask.dtype != torch.bool:
@@ -101,6 +93,23 @@ def weights_from_scores(
     low, high = (0.0, 1.0) if rule == "keep" else (1.0, gain)
     weights = torch.where(masks, low + (high - low) * strength, 1)
     return weights.view(size).view(scores.shape).to(scores.dtype)
+
+
+def check_rule(rule: str, top: float, gain: float, temperature: float, per: str = "sequence") -> None:
+    """Raise a ValueError that names the first argument of `weights_from_scores` which makes no sense."""
+    if rule not in _RULES:
+        raise ValueError(f"rule must be one of {', '.join(map(repr, _RULES))}, got {rule!r}")
+    if per not in PER:
+        raise ValueError(f"per must be one of {', '.join(map(repr, PER))}, got {per!r}")
+    for name, value in (("top", top), ("gain", gain), ("temperature", temperature)):
+        if not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    if not 0 < top <= 1:
+        raise ValueError(f"top must be in (0, 1], got {top}")
+    if not (math.isfinite(gain) and gain >= 0):
+        raise ValueError(f"gain must be finite and >= 0, got {gain}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
 
 
 # Each rule: scores [B, T] (0 outside the mask), mask [B, T] -> strength [B, T] in [0, 1].
@@ -146,7 +155,7 @@ _RULES: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Credit:
     """Credits for one graph or a batch, token by token in the graphs' order.
 
@@ -234,6 +243,7 @@ def credit(
     """
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(map(repr, SCORES))}, got {score!r}")
+    check_flow(flow)
     graph, mask = flow.graph, flow.graph.credit_mask
     scores = _mix(flow) if score == "mix" else {"throughput": flow.throughput, "reach": flow.reach}[score]
     batch, ptr = graph_batch(graph), graph_ptr(graph)

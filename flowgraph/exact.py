@@ -37,6 +37,7 @@ SMALLEST = 1e-280
 """Reach below this has lost digits in float64. Attention never comes near; the solvers of `trace_flow` go further."""
 
 
+@torch.no_grad()
 def exact_flow(
     rows: Rows,
     *,

@@ -20,6 +20,8 @@ from flowgraph.sums import Groups
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Relative error at which iterative solvers stop, by the dtype of the graph's weights."""
 
+HOPPING = ("scatter", "blocks")
+"""Solvers that add up hop after hop, until `tol` or `max_hops` ends it."""
 
 _PER_TOKEN = (
     "reach", "log_reach", "flow", "throughput", "injection", "unlisted_inflow", "unlisted_outflow",
@@ -28,7 +30,7 @@ _PER_EDGE = ("edge_flow", "transition")
 _PER_GRAPH = ("injected", "absorbed", "unabsorbed", "iterations")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flow:
     """The flow through one graph or a batch, in the dtype and on the device of its weights.
 
@@ -66,6 +68,12 @@ class Flow:
     solver: str
     graph: TokenGraph
     backend: str = "torch"
+
+    def __repr__(self) -> str:
+        several = f"{len(self)} graphs, " if len(self) != 1 else ""
+        size = f"{several}{len(self.flow):,} nodes, {len(self.edge_flow):,} edges"
+        injected, absorbed = float(self.injected.sum()), float(self.absorbed.sum())
+        return f"Flow({size}, {injected:.6g} injected, {absorbed:.6g} absorbed, solver {self.solver!r})"
 
     def __len__(self) -> int:
         """Number of graphs."""
@@ -106,6 +114,13 @@ class Flow:
         return cls(**joined, solver=solver, graph=graph, backend=backend)
 
 
+def check_flow(flow: object) -> None:
+    """Raise a TypeError that says where the flow is, if this is none: a `Trace`, which has one, or a graph."""
+    if not isinstance(flow, Flow):
+        where = "pass its .flow" if isinstance(getattr(flow, "flow", None), Flow) else "trace_flow(graph) gives one"
+        raise TypeError(f"flow must be a Flow, got {type(flow).__name__}; {where}")
+
+
 def trace_flow(
     graph: TokenGraph,
     solver: str = "auto",
@@ -123,15 +138,16 @@ def trace_flow(
         graph: a `TokenGraph`, or a batch of them from `Batch.from_data_list` or a `DataLoader`.
         solver: the algorithm. "scipy": sparse triangular solve, CPU only. "scatter": message passing, any device.
             "blocks": message passing between dense blocks of 128 tokens, any device with float64. "sweep": one Triton
-            program per graph, a GPU. "reference": dense float64, for tests. "auto": scipy on the CPU, scatter elsewhere
-            until a GPU has been measured.
+            program per graph, a GPU. "reference": dense float64, for tests. "auto": scipy on the CPU (scatter, if `tol`
+            or `max_hops` is given), scatter elsewhere until a GPU has been measured.
         backend: the library that it works with. "torch": what is always there (with solver="scipy", SciPy). "triton"
             for "sweep"; "torch_scatter" or "cupy" for the sums of "scatter", "cupy" for those of "blocks". "auto": the
             solver's own. What is named is taken or refused.
         absorb_at_prompt: edges whose later end is a prompt token that is no sink don't exist: flow leaves the prompt at
             once and never runs within it.
         tol: relative error per token at which "scatter" and "blocks" stop; default 1e-6 in float32, 1e-12 in float64.
-        max_hops: limit on their hops (default: none). What it cuts off is in `unabsorbed`.
+        max_hops: limit on their hops (default: none). What it cuts off is in `unabsorbed`. Both are refused with a
+            solver that knows no hops.
 
     Raises:
         ValueError: unknown solver or backend, one that can't run on the graph's device or with the other, or a graph
@@ -145,7 +161,12 @@ def trace_flow(
     if max_hops is not None and max_hops < 0:
         raise ValueError(f"max_hops must be >= 0, got {max_hops}")
     graph.validate()
+    limits = [name for name, given in (("tol", tol), ("max_hops", max_hops)) if given is not None]
+    if limits and solver == "auto" and backend in ("auto", "torch"):
+        solver = "scatter"
     solver, backend = choose(solver, backend, graph.edge_weight.device)
+    if limits and solver not in HOPPING:
+        raise ValueError(f"{limits[0]} is for solvers that go by hops, {' and '.join(HOPPING)}; got solver={solver!r}")
     weight, source, target = graph.edge_weight.detach(), graph.edge_index[0], graph.edge_index[1]
     pools, batch, num_graphs = graph.pools, graph_batch(graph), len(graph_ptr(graph)) - 1
     if absorb_at_prompt:
@@ -169,7 +190,7 @@ def trace_flow(
         unlisted_in = unlisted_out = torch.zeros_like(solution.flow)
 
     def per_graph(values: Tensor) -> Tensor:
-        return torch.segment_reduce(values, "sum", offsets=system.ptr.to(values.device), unsafe=True)
+        return Groups(None, system.batch.to(values.device), system.ptr.to(values.device)).sum(values)
 
     flow, transition = solution.flow, solution.transition
     injected = per_graph(solution.injection)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,7 +45,7 @@ _QUERY_CHUNK = 256
 """Queries at a time where a kernel needs an explicit mask, so that neither mask nor scores are [T, T]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
     """What the model's mask looks like, and not the mask itself."""
 
@@ -62,6 +63,11 @@ class Mask:
     @property
     def is_causal(self) -> bool:
         return self.function is causal_mask_function  # type: ignore[comparison-overlap]
+
+    def sees_ahead(self, device: torch.device) -> bool:
+        """May the first token of the first row see the one after it?"""
+        place = torch.arange(2, device=device)
+        return not self.is_causal and bool(self.function(place[0], place[0], place[0], place[1]))
 
     def tile(self, batch_size: int, start: int, stop: int, device: torch.device, first: int = 0) -> Tensor:
         """[B, 1, stop - start, stop - first] bool for the queries start .. stop - 1 and the keys first .. stop - 1.
@@ -105,7 +111,7 @@ class Mask:
         return not any(self.visible(row, part, place[place <= part[-1]]).any() for part in parts)
 
 
-@dataclass
+@dataclass(eq=False)
 class KeptLayer:
     """What is kept of one layer.
 
@@ -130,6 +136,11 @@ class KeptLayer:
 
 _SOFTMAX_LAYERS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
 _RECORDER: ContextVar[Recorder | None] = ContextVar("flowgraph_recorder", default=None)
+
+
+_NAMING = Lock()
+"""Held while configurations are looked at and named, so that two threads can't both find a model free."""
+_CURE = "use a lock, or a copy of the model (copy.deepcopy) for each thread"
 
 
 class _Done(Exception):
@@ -202,9 +213,20 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The model itself inside `torch.compile` (an exception must not cross compiled code) and DDP."""
-    model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """The model itself inside `torch.compile` (an exception must not cross compiled code) and DDP, in any order."""
+    while True:
+        inner = getattr(model, "_orig_mod", model)
+        inner = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
+        if inner is model:
+            return model
+        model = inner
+
+
+def window_of(model: nn.Module) -> int | None:
+    """How many tokens the model can see, by its configuration; None: it doesn't say."""
+    config = unwrap(model).config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "max_position_embeddings", None)
 
 
 def model_inputs(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> dict[str, Tensor]:
@@ -257,7 +279,8 @@ def documents_of(position_ids: Tensor) -> Tensor:
 def forward(model: Any, recorder: Recorder, inputs: dict[str, Tensor], cache: Cache | None = None) -> None:
     """One pass up to the deepest wanted layer, in evaluation mode; `cache` holds the tokens before, and gets these."""
     past = {} if cache is None else {"past_key_values": cache}
-    with evaluation_mode(model), read_by(recorder, model), suppress(_Done):
+    # In this order: who may not read the model leaves its mode alone, which somebody else has set.
+    with read_by(recorder, model), evaluation_mode(model), suppress(_Done):
         model(**inputs, **past, use_cache=cache is not None)
 
 
@@ -285,24 +308,29 @@ def read_by(recorder: Recorder, model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
     }
-    recorder.implementations = {key: config._attn_implementation_internal for key, config in configs.items()}
-    if _NAME in recorder.implementations.values():
-        raise RuntimeError("model: its attention is being read already, by an enclosing recording or another thread")
-    token = _RECORDER.set(recorder)
-    try:
+    with _NAMING:
+        recorder.implementations = {key: config._attn_implementation_internal for key, config in configs.items()}
+        if _NAME in recorder.implementations.values():
+            raise RuntimeError(
+                "model: its attention, or that of a model which shares its config, is being read already, by an "
+                f"enclosing recording or another thread: {_CURE}"
+            )
         for config in configs.values():
             config._attn_implementation_internal = _NAME
+    token = _RECORDER.set(recorder)
+    try:
         yield
     finally:
         _RECORDER.reset(token)
-        for key, config in configs.items():
-            config._attn_implementation_internal = recorder.implementations[key]
+        with _NAMING:
+            for key, config in configs.items():
+                config._attn_implementation_internal = recorder.implementations[key]
 
 
 def _active() -> Recorder:
     recorder = _RECORDER.get()
     if recorder is None:
-        raise RuntimeError('the attention implementation "flowgraph" works only inside capture or recording')
+        raise RuntimeError(f"model: another thread is tracing it, or one that shares its config: {_CURE}")
     return recorder
 
 
@@ -343,6 +371,11 @@ def _attention(
         raise ValueError(
             f"{type(module).__name__} of layer {layer} did not take its mask from the mask interface of transformers; "
             "its attention cannot be read"
+        )
+    if recorder.last is None and attention_mask.sees_ahead(query.device):
+        raise ValueError(
+            f"model: in layer {layer}, {type(module).__name__} lets tokens see later ones, as encoders do (BERT "
+            "without is_decoder=True); a trace needs a causal language model"
         )
     recorded = recorder.finish is None or id(module) in recorder.members
     if recorder.finish is not None and recorded:
@@ -395,7 +428,7 @@ def _check_pass(layer: int, query: Tensor, key: Tensor) -> None:
     if query.shape[2] != key.shape[2]:
         raise ValueError(
             f"layer {layer} was called with {query.shape[2]} queries for {key.shape[2]} keys: recording reads passes "
-            "over whole sequences, no steps of generation"
+            "over whole sequences, no steps of generation and no prefixes in the cache (as of prefix tuning)"
         )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from flowgraph.answers import Finder
-from flowgraph.capture import Layers
+from flowgraph.answers import Finder, check_finder
+from flowgraph.capture import Layers, check_layers
 from flowgraph.certificate import WITNESSES
+from flowgraph.credit import SCORES, check_rule
 from flowgraph.rows import check_kind
 from flowgraph.solve import LIBRARIES_OF, check_names
+from flowgraph.spans import NO_ANSWER, PRESETS, check_tail
 from flowgraph.sparsify import EdgeRule
 
 LONG = 2048
@@ -28,6 +30,10 @@ _SOLVED_BY_TRITON = [solver for solver, libraries in LIBRARIES_OF.items() if "tr
 class Options:
     """What a `Tracer` does, and what a saved trace says about how it came about.
 
+    Raises:
+        ValueError: an option that makes no sense; names it, what came and what is allowed. (A TypeError for an `answer`
+            that is no name, pattern or function.)
+
     Attributes:
         layers: "middle" (third of the softmax layers), "all", or layer numbers.
         preset: "flowgraph": the sinks are the positions that predict the answer, and tokens are ranked by the mix of
@@ -42,9 +48,11 @@ class Options:
             all edges up to 2,048 tokens, above that those over 1/1024; in sparse mode those over 1/256; in exact mode
             the top 32 into each token.
         weights: "attention", or "value_norm": attention times the norm of what it moves (docs/method.md, section 10).
-        answer: how to find the answer: "auto", "boxed", "####", "A:", "<answer>", "answer is", a compiled regular
-            expression (its group 1, if it has one), or a function from the response to a (start, stop) in it.
-        question: "prompt": flow starts at every prompt token; "user": only at what the user wrote (chat messages).
+        answer: how to find the answer: "auto", "boxed", "####", "A:" (or "Answer:"), "<answer>", "answer is", a
+            compiled regular expression (its group 1, if it has one), or a function from the response to a (start, stop)
+            in it.
+        question: "prompt": flow starts at every prompt token; "user": only at the user's last turn before the
+            response (chat messages).
         no_answer: "uniform": weights stay 1, flagged; "tail": the last `tail_tokens` tokens stand for the answer.
         solver, absorb_at_prompt: as in `trace_flow`. rule, top, gain, temperature: as in `credit`.
         score: what tokens are ranked by, as in `credit`. "auto" is what the preset says: "flowgraph": "mix", which won
@@ -53,7 +61,7 @@ class Options:
             (checkpoints, heads of an edge, exact contraction of long traces). O(N) memory per layer and head.
         chunk: tokens per pass through the model, for memory: activations are those of a chunk, and in sparse mode the
             queries of a chunk are dropped once it is read (not with `keep_attention`). None: all in one pass. "auto":
-            4,096 in traces of more than 16,384 tokens (not in packed rows).
+            4,096 in traces of more than 16,384 tokens, where the model can go on from its cache (not in packed rows).
         offload: let queries and keys wait in CPU memory.
         memory: bytes above the model that a batch of traces may take. `flowgraph.memory` predicts the peak before
             anything runs and chooses chunk, offload and (in mode "auto") sparse mode to stay below it; where nothing
@@ -92,15 +100,29 @@ class Options:
     witnesses: int = WITNESSES
     backend: str = "auto"
 
+    scores: ClassVar[tuple[str, ...]] = ("auto", *SCORES)
+    """What `score` may be."""
+
     def __post_init__(self) -> None:
+        for name, choices in (("preset", PRESETS), ("no_answer", NO_ANSWER), ("score", self.scores)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
         if self.question not in ("prompt", "user"):
             raise ValueError(f'question must be "prompt" or "user", got {self.question!r}')
         if self.mode not in ("auto", "edges", "sparse", "exact"):
             raise ValueError(f'mode must be "auto", "edges", "sparse" or "exact", got {self.mode!r}')
+        check_layers(self.layers)
         check_kind(self.weights)
+        check_finder(self.answer)
+        check_tail(self.tail_tokens)
         check_names(self.solver, self.solve_backend)
+        check_rule(self.rule, self.top, self.gain, self.temperature)
+        if isinstance(self.memory, float) and self.memory.is_integer():  # 8e9 is how one writes 8 GB
+            object.__setattr__(self, "memory", int(self.memory))
         if self.memory is not None and (type(self.memory) is not int or self.memory < 1):
             raise ValueError(f"memory must be None or a number of bytes, got {self.memory!r}")
+        if self.max_tokens is not None and (not isinstance(self.max_tokens, int) or self.max_tokens < 1):
+            raise ValueError(f"max_tokens must be None or a number of tokens, 1 or more, got {self.max_tokens!r}")
         if self.chunk not in ("auto", None) and (not isinstance(self.chunk, int) or self.chunk < 2):
             raise ValueError(f'chunk must be "auto", None or a number of tokens >= 2, got {self.chunk!r}')
         if self.mode == "exact" and self.solver != "auto":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import reprlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import Any
@@ -146,34 +146,64 @@ def encode_text(tokenizer: Any, prompt: str, response: str) -> Encoded:
     return _joined(pieces)
 
 
-def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], generate: bool) -> str:
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+TemplateOptions = Mapping[str, Any] | None
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], generate: bool, options: TemplateOptions) -> str:
+    more = options or {}
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate, **more)
+
+
+def _plain(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with text as content, in place of its parts: templates of models for text alone know no parts."""
+    plain = []
+    for k, message in enumerate(messages):
+        if isinstance(parts := message.get("content"), list):
+            if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+                raise ValueError(f"messages[{k}]: content holds parts that are no text, and only text can be traced")
+            message = {**message, "content": "".join(part["text"] for part in parts)}
+        plain.append(message)
+    return plain
 
 
 def _first_assistant(messages: Sequence[dict[str, Any]]) -> int:
     return next((k for k, m in enumerate(messages) if m.get("role") == "assistant"), len(messages))
 
 
-def encode_messages(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> Encoded:
+def encode_messages(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    first: int | None = None,
+    template_options: TemplateOptions = None,
+) -> Encoded:
     """Tokenise a conversation by the tokenizer's chat template, each part on its own, as in generation.
 
-    Prompt: all up to and with the generation prompt of the first assistant message. Response: every assistant
-    message with its end token. Neither: the messages and template text between and after them.
+    Prompt: all up to and with the generation prompt of `messages[first]`. Response: every assistant message from there
+    on, with its end token. Neither: the messages and template text between and after them.
+
+    Args:
+        first: where the response begins: `len(messages) - 1` for the last message alone, after examples or a history.
+            Default: the first assistant message, as in the rollout of an agent, whose every turn is its response.
+        template_options: further keyword arguments of the chat template.
     """
+    messages = _plain(messages)
     last = messages[-1] if messages else {}
     if last.get("role") != "assistant":
         raise ValueError(f"the last message must be an assistant one, got role {last.get('role')!r}")
     if not isinstance(last.get("content"), str) or not last["content"].strip():
         raise ValueError(f"the last message needs text as content, got {last.get('content')!r}")
-    first = _first_assistant(messages)
+    first = _first_assistant(messages) if first is None else first
     if first == 0:
         raise ValueError("messages[0] is an assistant message, so there is no prompt; put the question first")
+    if not 0 < first < len(messages) or messages[first].get("role") != "assistant":
+        raise ValueError(f"first must be the number of an assistant message, the first of the response, got {first!r}")
     pieces: list[tuple[list[int], int]] = []
     done = ""
     for k in range(first, len(messages)):
         if messages[k].get("role") != "assistant":
             continue
-        head, tail = _render(tokenizer, messages[:k], True), _render(tokenizer, messages[: k + 1], False)
+        head = _render(tokenizer, messages[:k], True, template_options)
+        tail = _render(tokenizer, messages[: k + 1], False, template_options)
         if not head.startswith(done) or not tail.startswith(head):
             raise ValueError(
                 f"the chat template changes earlier text when messages[{k}] is added, so what was generated "
@@ -197,38 +227,55 @@ def _sampled(tokenizer: Any, ids: list[int]) -> int:
     return len(ids) if tokenizer.decode(ids[end:]).strip() else end
 
 
-def question_of_messages(tokenizer: Any, messages: Sequence[dict[str, Any]], encoded: Encoded) -> Tensor:
-    """Mask [N] of the tokens of the user messages' content in the prompt, without template and system text.
+def question_of_messages(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    encoded: Encoded,
+    first: int | None = None,
+    template_options: TemplateOptions = None,
+) -> Tensor:
+    """Mask [N] of the tokens of the question: what the user's last turn in the prompt says, without the template.
 
-    Each content is found by rendering the prompt once more with a placeholder in its place: a search for
-    its text could hit the system prompt or the template.
+    The turn is the last user message before the response, and any before it that no assistant message sets apart: the
+    questions of examples and of a history have answers of their own. Each content is found by rendering the prompt once
+    more with a placeholder in its place: a search for its text could hit the system prompt or the template.
+
+    Args:
+        first, template_options: those that `encode_messages` was given.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("tokenizer is not a fast one and gives no offsets; give question_mask yourself")
-    prompt = list(messages[: _first_assistant(messages)])
-    text = _render(tokenizer, prompt, True)
+    prompt = _plain(messages[: _first_assistant(messages) if first is None else first])
+    text = _render(tokenizer, prompt, True, template_options)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if encoded.token_ids[encoded.prompt_mask].tolist() != list(encoding["input_ids"]):
         raise ValueError("encoded does not hold the prompt of these messages; make it with encode_messages")
     where = encoded.prompt_mask.nonzero().flatten()
     question = torch.zeros_like(encoded.prompt_mask)
-    for k, message in enumerate(prompt):
+    for k in _last_turn(prompt):
+        message = prompt[k]
         content = message.get("content")
-        if message.get("role") != "user":
-            continue
         if not isinstance(content, str):
             raise ValueError(f"messages[{k}]: content must be text, not {_what(content)}")
         place = "\ufffc" * (text.count("\ufffc") + 1)  # the object replacement character
         other = [*prompt[:k], {**message, "content": place}, *prompt[k + 1 :]]
-        start = _render(tokenizer, other, True).find(place)
+        start = _render(tokenizer, other, True, template_options).find(place)
         shown = next((c for c in (content, content.strip()) if text.startswith(c, start)), None)
         if start < 0 or shown is None:
             raise ValueError(f"the chat template rewrites the content of messages[{k}]; give question_mask")
         if shown.strip():
             question[where[slice(*tokens_of(encoding["offset_mapping"], start, start + len(shown)))]] = True
     if not question.any():
-        raise ValueError("no user message with text before the first assistant message; give question_mask")
+        raise ValueError("no user message with text before the response; give question_mask")
     return question
+
+
+def _last_turn(messages: Sequence[dict[str, Any]]) -> list[int]:
+    """The numbers of the user messages of the last turn that has any, ascending."""
+    roles = [message.get("role") for message in messages]
+    last = max((k for k, role in enumerate(roles) if role == "user"), default=-1)
+    begins = max((k for k in range(last) if roles[k] == "assistant"), default=-1) + 1
+    return [k for k in range(begins, last + 1) if roles[k] == "user"]
 
 
 # ------------------------------------------------------------------------- the whole way
@@ -284,10 +331,7 @@ def locate(
     """
     _choice("preset", preset, PRESETS)
     _choice("no_answer", no_answer, NO_ANSWER)
-    if not isinstance(tail_tokens, int) or isinstance(tail_tokens, bool):
-        raise ValueError(f"tail_tokens must be a whole number, got {_what(tail_tokens)}")
-    if tail_tokens < 1:
-        raise ValueError(f"tail_tokens must be at least 1, got {tail_tokens}")
+    check_tail(tail_tokens)
     if not isinstance(token_ids, Tensor) or token_ids.dim() != 1 or token_ids.dtype not in _INTEGERS:
         raise ValueError(f"token_ids must be a tensor [N] of integers, got {_what(token_ids)}")
     n = token_ids.numel()
@@ -345,6 +389,14 @@ def locate(
         answer_text=answer_text,
         finder=finder,
     )
+
+
+def check_tail(tail_tokens: int) -> None:
+    """Raise a ValueError unless it is a number of tokens, 1 or more."""
+    if not isinstance(tail_tokens, int) or isinstance(tail_tokens, bool):
+        raise ValueError(f"tail_tokens must be a whole number, got {_what(tail_tokens)}")
+    if tail_tokens < 1:
+        raise ValueError(f"tail_tokens must be at least 1, got {tail_tokens}")
 
 
 def _searched(

@@ -151,7 +151,7 @@ def layer_agreement(
 
 
 def summarize(found: Sequence[Stability], *, seed: int = 0) -> list[dict[str, Any]]:
-    """Many traces, one row per variant, and two for the agreement of layers and of heads.
+    """Many traces, one row per variant, and one each for the agreement of layers and of heads, where there is any.
 
     Returns:
         Rows of group, name; n, the traces that have a number; spearman and overlap, each as (mean, low, high) with the
@@ -189,7 +189,9 @@ def summarize(found: Sequence[Stability], *, seed: int = 0) -> list[dict[str, An
         same = _mean([float(variants[0].same_answer is True) for variants in traces])
         table.append(row(group, name, spearman, overlap, same))
     for name in ("layer_agreement", "head_agreement"):
-        table.append(row("agreement", name, [getattr(one, name) for one in found], [], float("nan")))
+        values = [getattr(one, name) for one in found]
+        if any(value == value for value in values):  # else their group was not asked for
+            table.append(row("agreement", name, values, [], float("nan")))
     return table
 
 
@@ -237,10 +239,11 @@ def _encode(
         encoded = encode_text(tracer.tokenizer, prompt, cast(str, response))
     else:
         messages = [*prompt, *([] if response is None else [{"role": "assistant", "content": response}])]
-        encoded = encode_messages(tracer.tokenizer, messages)
+        first = None if response is None else len(prompt)
+        encoded = encode_messages(tracer.tokenizer, messages, first)
 
         def asked() -> Tensor:
-            return question_of_messages(tracer.tokenizer, messages, encoded)[None]
+            return question_of_messages(tracer.tokenizer, messages, encoded, first)[None]
 
     masks = {"prompt_mask": encoded.prompt_mask[None], "response_mask": encoded.response_mask[None]}
     return _Encoded(encoded.token_ids[None], masks, asked, of_user)

@@ -30,7 +30,7 @@ from flowgraph.segments import Segments, Splitter, split
 from flowgraph.spans import Spans
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """One traced response: graph, flow, credit and text, all over the same N tokens.
 

@@ -7,19 +7,29 @@ Shapes: B rows of the caller's batch, T their length with pads, N tokens of one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
-from flowgraph.capture import Capture, capture, choose_layers, documents_of, is_packed, softmax_layers_of
+from flowgraph.capture import (
+    Capture,
+    capture,
+    choose_layers,
+    documents_of,
+    is_packed,
+    softmax_layers_of,
+    warn_of_neighbours,
+)
 from flowgraph.certificate import Witnesses
+from flowgraph.chunks import refusal
 from flowgraph.credit import credit
 from flowgraph.exact import exact_flow
 from flowgraph.flow import Flow, trace_flow
 from flowgraph.graph import TokenGraph
+from flowgraph.interface import window_of
 from flowgraph.memory import plan_batch, release_at_once
 from flowgraph.options import Options
 from flowgraph.rows import BlockedRows, KeptRows, Rows
@@ -48,21 +58,40 @@ class Tracer:
         tokenizer: its tokenizer; needed for text, chat messages and finding answers, not for `from_ids` with masks.
         options: the fields of `Options`, by name.
 
+    While a trace runs, its model (and any that shares its configuration) is not free: another thread that uses it gets
+    a RuntimeError. Give each thread a copy of the model, or put a lock around every use of it.
+
     Example:
-        >>> trace = Tracer(model, tokenizer)("What is 6 times 7?", "6 times 7 is 42.\\nA: 42")
+        >>> question = [{"role": "user", "content": "What is 6 times 7?"}]
+        >>> trace = Tracer(model, tokenizer)(question, "6 times 7 is 42.\\nA: 42")
         >>> trace.response_weights
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, **options: Any) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"model must be a model of transformers, got {type(model).__name__}; load it first: "
+                "AutoModelForCausalLM.from_pretrained(..)"
+            )
         self.model, self.tokenizer, self.options = model, tokenizer, Options(**options)
 
-    def __call__(self, prompt: str | Messages, response: str | None = None, *, truncated: bool = False) -> Trace:
+    def __call__(
+        self,
+        prompt: str | Messages,
+        response: str | None = None,
+        *,
+        truncated: bool = False,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> Trace:
         """Trace one response.
 
         Args:
-            prompt: text, taken as it is; or chat messages, laid out by the tokenizer's chat template.
-            response: what the model answered. Leave it out if the last message is the assistant's.
+            prompt: chat messages, laid out by the tokenizer's chat template; earlier answers of the assistant among
+                them (examples, a history) are part of the prompt. Or text, taken as it is: all of what the model saw.
+            response: what the model answered, and the only thing that gets credit. Leave it out if the messages hold
+                it: then every assistant message is response, as in the rollout of an agent.
             truncated: the response was cut off before its end.
+            template_options: further arguments of the chat template, such as {"enable_thinking": False, "tools": [..]}.
         """
         if self.tokenizer is None:
             raise ValueError("text needs a tokenizer: Tracer(model, tokenizer); or pass ids and masks to from_ids")
@@ -72,14 +101,18 @@ class Tracer:
                 raise ValueError("response is missing; a prompt in text form comes with the response to it")
             if self.options.question == "user":
                 raise ValueError('question="user" needs chat messages as prompt, got a text')
+            if template_options:
+                raise ValueError("template_options are for chat messages; a text is taken as it is")
             encoded = encode_text(self.tokenizer, prompt, response)
         else:
-            messages = list(prompt)
+            if isinstance(prompt, Mapping):
+                raise ValueError("prompt must be text or a list of chat messages, got one message: put it into a list")
+            messages, first = list(prompt), None if response is None else len(prompt)
             if response is not None:
                 messages.append({"role": "assistant", "content": response})
-            encoded = encode_messages(self.tokenizer, messages)
+            encoded = encode_messages(self.tokenizer, messages, first, template_options)
             if self.options.question == "user":
-                question_mask = question_of_messages(self.tokenizer, messages, encoded)
+                question_mask = question_of_messages(self.tokenizer, messages, encoded, first, template_options)
         return self._from_encoded(encoded, question_mask, truncated)
 
     def _from_encoded(self, encoded: Encoded, question_mask: Tensor | None, truncated: bool) -> Trace:
@@ -91,6 +124,8 @@ class Tracer:
             truncated=[truncated],
         )[0]
 
+    @torch.inference_mode(False)  # or its weights could never go into a loss
+    @torch.no_grad()
     def from_ids(
         self,
         input_ids: Tensor,
@@ -118,7 +153,7 @@ class Tracer:
             sink_mask: the sinks themselves, taken as they are, in place of an answer.
             tool_mask: tool output inside the response: part of the trace, never credited.
             position_ids: where they restart at 0 within a row, a new packed document begins: one trace each.
-            truncated: [B] the response was cut off before its end.
+            truncated: [B] the row was cut off before its end, and so the response of its last document.
             captured: what `recording` gave of a pass over this very batch; the model doesn't run then.
 
         Returns:
@@ -146,7 +181,9 @@ class Tracer:
         spans: list[Spans] = []
         rows: list[int] = []
         places: list[Tensor] = []
-        for row, positions in _documents(real, position_ids, attention_mask):
+        documents = list(_documents(real, position_ids, attention_mask))
+        last_of = {row: n for n, (row, _) in enumerate(documents)}
+        for n, (row, positions) in enumerate(documents):
             try:
                 self._check_window(len(positions))
                 found = locate(
@@ -155,7 +192,7 @@ class Tracer:
                     tokenizer=self.tokenizer,
                     answer=options.answer,
                     preset=options.preset,
-                    truncated=bool(truncated[row]) if truncated is not None else False,
+                    truncated=truncated is not None and bool(truncated[row]) and n == last_of[row],
                     no_answer=options.no_answer,
                     tail_tokens=options.tail_tokens,
                 )
@@ -165,14 +202,18 @@ class Tracer:
             spans.append(found)
             rows.append(row)
             places.append(positions)
-        packed = position_ids is not None and is_packed(position_ids, attention_mask)
+        lengths = [len(positions) for positions in places]
+        at_once = position_ids is not None and is_packed(position_ids, attention_mask)
+        if at_once and captured is not None:
+            warn_of_neighbours(self.model)
+        if captured is None and options.chunk == "auto" and (options.memory or any(map(options.chunk_of, lengths))):
+            at_once = at_once or refusal(self.model) is not None
         if options.memory is not None:
-            lengths = [len(positions) for positions in places]
-            planned = plan_batch(self.model, lengths, shape, options, packed=packed, captured=captured is not None)
+            planned = plan_batch(self.model, lengths, shape, options, packed=at_once, captured=captured is not None)
             release_at_once()
             options = planned.options
         # Whether a trace is streamed is its own affair: its credits must not depend on what else is in the batch.
-        chunks = [None if packed and options.chunk == "auto" else options.chunk_of(len(place)) for place in places]
+        chunks = [None if at_once and options.chunk == "auto" else options.chunk_of(length) for length in lengths]
         streams = [
             captured is None and chunk is not None and _can_stream(options, position_ids, row, positions)
             for chunk, row, positions in zip(chunks, rows, places, strict=True)
@@ -243,9 +284,7 @@ class Tracer:
     def _check_window(self, num_tokens: int) -> None:
         window = self.options.max_tokens
         if window is None:
-            config = self.model.config
-            config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore
-            window = getattr(config, "max_position_embeddings", None)
+            window = window_of(self.model)
         if window is not None and num_tokens > window:
             raise ValueError(
                 f"input_ids has {num_tokens} tokens, more than the {window} that the model can see; shorten the trace, "
@@ -281,9 +320,10 @@ def _captured_rows(captured: Capture, row: int, positions: Tensor, options: Opti
 def _can_stream(options: Options, position_ids: Tensor | None, row: int, positions: Tensor) -> bool:
     """Is one reading of the rows, from the first to the last, all that such a trace needs?
 
-    With gaps in its positions (pads between prompt and response) it can't be: they read as a new document.
+    With gaps (pads between prompt and response) it isn't: a stream drops the pads, and sliding windows count them; in
+    its position ids they read as a new document.
     """
-    if options.mode_of(len(positions)) == "exact" or options.keep_attention:
+    if options.mode_of(len(positions)) == "exact" or options.keep_attention or bool((positions.diff() != 1).any()):
         return False
     return position_ids is None or bool((position_ids[row, positions.to(position_ids.device)].diff() == 1).all())
 
@@ -302,7 +342,7 @@ def _flows(
     witnesses: list[Witnesses | None] = [None] * len(rows)
     for n, (one, row, positions, found) in enumerate(zip(attention, rows, places, spans, strict=True)):
         roles: dict[str, Any] = {name: getattr(found, name).to(one.device) for name in _ROLES}
-        roles["token_ids"] = input_ids[row, positions.to(input_ids.device)].to(one.device)
+        roles["token_ids"] = input_ids[row, positions.to(input_ids.device)].to(one.device, torch.int64)
         roles |= {"model": one.model, "layers": one.layers}
         mode, absorb = options.mode_of(len(positions)), options.absorb_at_prompt
         if mode == "exact":
@@ -348,8 +388,9 @@ def _check_batch(
         )
     shape = (input_ids.shape[0], input_ids.shape[1])
     for name, given in (("attention_mask", attention_mask), ("position_ids", position_ids)):
-        if given is not None and given.shape != shape:
-            raise ValueError(f"{name} must be [B, T] = {list(shape)} like input_ids, got {list(given.shape)}")
+        if given is not None and (not isinstance(given, Tensor) or given.shape != shape):
+            came = str(list(given.shape)) if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"{name} must be a tensor [B, T] = {list(shape)} like input_ids, got {came}")
     if prompt_mask is None:
         raise ValueError("prompt_mask is missing: [B, T] bool, True at the tokens of the prompt, where flow starts")
     if truncated is not None and len(truncated) != shape[0]:

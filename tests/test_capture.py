@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flowgraph import capture, interface
-from flowgraph.capture import Capture, choose_layers, recording, softmax_layers_of
+from flowgraph import capture, interface, stream
+from flowgraph.capture import Capture, choose_layers, recording, softmax_layers_of, unwrap
+from flowgraph.chunks import refusal
 from flowgraph.kernels import attend
 from tests.models import ARCHITECTURES, VOCABULARY, eager_attention, tiny
 
@@ -77,6 +82,7 @@ def test_packed_documents_equal_the_documents_alone(name: str) -> None:
         start += length
 
 
+@pytest.mark.filterwarnings("ignore:.*carry their state")
 def test_packed_hybrid_equals_its_own_eager_attention() -> None:
     model, input_ids = tiny("qwen3_5"), ids()[:1]
     position_ids = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
@@ -272,6 +278,88 @@ def test_models_without_the_interface_are_refused() -> None:
     assert model.config._attn_implementation != "flowgraph"
 
 
+def test_encoders_are_refused() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0}
+    with pytest.raises(ValueError, match="layer 0, BertSelfAttention lets tokens see later ones"):
+        capture(BertLMHeadModel(BertConfig(**sizes)), ids())
+    assert capture(BertLMHeadModel(BertConfig(**sizes, is_decoder=True)), ids()).layers == [1]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_models_that_put_tokens_before_the_input_are_refused(kind: str) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(tiny("llama"), config).eval()
+    for chunk in (None, 16):
+        with pytest.raises(ValueError, match="puts 5 tokens of its own before the input in layer"):
+            capture(model, ids(), chunk=chunk)
+        with pytest.raises(ValueError, match="puts 5 tokens of its own before the input in layer"):
+            next(stream(model, ids()[:1], chunk=chunk or 100).blocks())
+
+
+def test_wrappers_come_off_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parallel(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Parallel)
+    model = tiny("llama")
+
+    def compiled(inner: torch.nn.Module) -> Any:
+        return torch.compile(inner, backend="eager")
+
+    for wrapped in (Parallel(model), compiled(model), Parallel(compiled(model)), compiled(Parallel(model))):
+        assert unwrap(wrapped) is model and capture(wrapped, ids()).shape == (B, T)
+
+
+def test_packed_documents_of_a_hybrid_are_warned_of() -> None:
+    input_ids, position_ids = ids()[:1], torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
+    with pytest.warns(UserWarning, match="carry their state from one packed document into the next"):
+        capture(tiny("qwen3_5"), input_ids, position_ids=position_ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        capture(tiny("llama"), input_ids, position_ids=position_ids)
+        capture(tiny("qwen3_5"), input_ids)
+
+
+def test_what_another_thread_is_told_while_a_model_is_read() -> None:
+    model, input_ids = tiny("llama"), ids()
+    twin = type(model)(model.config).eval()  # shares the configuration
+    model.train()
+    said: list[str] = []
+
+    def elsewhere(use: Callable[[], Any]) -> None:
+        def run() -> None:
+            try:
+                use()
+            except RuntimeError as error:
+                said.append(str(error))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    def meanwhile(*_: Any) -> None:
+        assert not model.training
+        for one in (model, twin):
+            elsewhere(partial(one, input_ids))
+            elsewhere(partial(capture, one, input_ids))
+        assert not model.training  # the reading goes on in the mode that it began in
+
+    softmax_layers_of(model, input_ids), softmax_layers_of(twin, input_ids)
+    hook = model.model.layers[0].register_forward_pre_hook(meanwhile)
+    capture(model, input_ids)
+    hook.remove()
+    assert len(said) == 4 and all("use a lock, or a copy of the model" in one for one in said)
+    assert "another thread is tracing it, or one that shares its config" in said[0]
+    assert model.training and capture(twin, input_ids).shape == (B, T)
+
+
 def test_compiled_models_are_read_uncompiled() -> None:
     model, input_ids = tiny("llama"), ids()
     compiled = torch.compile(model)
@@ -402,7 +490,7 @@ def test_chunks_leave_the_model_as_it_was() -> None:
 
 def test_chunks_run_no_layer_above_the_deepest_chosen_one() -> None:
     model, input_ids = tiny("llama"), ids()
-    softmax_layers_of(model, input_ids)
+    assert refusal(model) is None
     ran: list[tuple[int, int]] = []
     for number, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda _, args, number=number: ran.append((number, args[0].shape[1])))
@@ -420,8 +508,8 @@ def test_what_chunks_refuse() -> None:
         capture(model, input_ids[:1], position_ids=position_ids, chunk=16)
 
 
-def test_a_hybrid_that_forgets_its_state_cannot_be_read_by_chunks() -> None:
-    """Jamba's linear layers start anew with every chunk of more than one token."""
+def jamba() -> Any:
+    """Its linear layers start anew with every chunk of more than one token."""
     from transformers import JambaConfig, JambaForCausalLM
 
     sizes: dict[str, Any] = {
@@ -433,8 +521,12 @@ def test_a_hybrid_that_forgets_its_state_cannot_be_read_by_chunks() -> None:
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1}
     sizes |= {"attn_layer_period": 3, "attn_layer_offset": 2, "mamba_d_state": 8, "mamba_dt_rank": 4}
     torch.manual_seed(7)
-    model = JambaForCausalLM(JambaConfig(**sizes)).eval()
-    with pytest.raises(ValueError, match=r"JambaForCausalLM gives other keys by chunks.*Leave chunk out"):
+    return JambaForCausalLM(JambaConfig(**sizes)).eval()
+
+
+def test_a_hybrid_that_forgets_its_state_cannot_be_read_by_chunks() -> None:
+    model = jamba()
+    with pytest.raises(ValueError, match=r"JambaForCausalLM gives other keys by chunks.*pass chunk=None"):
         capture(model, ids(), layers="all", chunk=16)
     assert capture(model, ids(), layers="all", chunk=T).layers == [2]
 
@@ -444,8 +536,23 @@ def test_a_model_that_forgets_its_cache_cannot_be_read_by_chunks() -> None:
     for layer in model.model.layers:
         plain = layer.self_attn.forward
         layer.self_attn.forward = lambda *args, plain=plain, **kw: plain(*args, **(kw | {"past_key_values": None}))
-    with pytest.raises(ValueError, match=r"layers \[2, 3\] of LlamaForCausalLM saw nothing but the tokens"):
+    with pytest.raises(ValueError, match=r"layers \[0, .*\] of LlamaForCausalLM saw nothing but .* pass chunk=None"):
         capture(model, input_ids, chunk=16)
+
+
+def test_a_model_that_wants_a_cache_of_its_own_kind_cannot_be_read_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    plain = model.forward
+
+    def picky(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is not None:
+            raise TypeError("not this cache")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", picky)
+    with pytest.raises(ValueError, match=r"doesn't go on from a cache \(TypeError: not this cache\): pass chunk=None"):
+        capture(model, ids(), chunk=16)
+    assert capture(model, ids()).shape == (B, T)
 
 
 # --- recording: in a forward pass that runs anyway -------------------------------------------------------------------

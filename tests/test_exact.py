@@ -41,6 +41,13 @@ def test_equals_the_reference(graph: TokenGraph, block: int, absorb: bool) -> No
     assert torch.equal(ours.reach > 0, theirs.reach > 0)
 
 
+def test_attention_that_requires_gradients_gives_none() -> None:
+    graph = random_graph(20)
+    W = dense(graph).requires_grad_()
+    flow = exact_flow(DenseRows(W), prompt_mask=graph.prompt_mask, answer_mask=graph.answer_mask)
+    assert not any(x.requires_grad for x in (flow.reach, flow.flow, flow.edge_flow, flow.graph.edge_weight))
+
+
 @given(
     graph=graphs(), block=st.sampled_from([1, 2, 5, 100]), absorb=st.booleans(), kept=st.sampled_from([None, 0, 200])
 )

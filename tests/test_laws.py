@@ -355,6 +355,17 @@ def test_max_hops_shows_in_what_is_not_absorbed() -> None:
     assert 0.1 < float(part.unabsorbed) < 1 and float(part.injected) == pytest.approx(1)
 
 
+def test_limits_on_hops_are_for_solvers_that_have_hops() -> None:
+    graph = random_graph(60)
+    limits: list[dict[str, Any]] = [{"max_hops": 3}, {"tol": 0.1}]
+    for limit in limits:
+        chosen, named = trace_flow(graph, **limit), trace_flow(graph, "scatter", **limit)
+        assert chosen.solver == "scatter" and torch.equal(chosen.flow, named.flow)
+        for solver in ("scipy", "reference"):
+            with pytest.raises(ValueError, match=f"{next(iter(limit))} is for solvers that go by hops.*{solver}"):
+                trace_flow(graph, solver, **limit)
+
+
 @pytest.mark.gpu
 @given(graph=graphs(dtype=torch.float32))
 @settings(max_examples=30)

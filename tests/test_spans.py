@@ -174,6 +174,18 @@ CASES = [
     ("A:", "A: 5\nQ: 1+1?\nA: 2\n", "2", ("several_answers",)),
     ("A:", "Plan A: 5", None, ("no_answer",)),
     ("A:", "USA: 5", None, ("no_answer",)),
+    ("A:", "Answer: 42", "42", ()),
+    ("A:", "so 40 + 2.\n  answer : 42.", "42", ()),
+    ("A:", "**Answer:** 42", "42", ()),
+    ("A:", "**Answer**: 42", "42", ()),
+    ("A:", "**Answer: 42** \nDone.", "42", ()),
+    ("A:", "Answer: 2**3", "2**3", ()),
+    ("A:", "Final Answer: 12\n", "12", ()),
+    ("A:", "FINAL ANSWER: 12\nA: 13", "13", ("several_answers",)),
+    ("A:", "a: 5", None, ("no_answer",)),
+    ("A:", "My answer: 5\nAnswers: 6", None, ("no_answer",)),
+    ("A:", "Final\nanswer is", None, ("no_answer",)),
+    ("A:", "so\nFinal answer:", None, ("no_answer", "cut_off")),
     ("A:", "Q: x?\nA:", None, ("no_answer", "cut_off")),
     ("A:", "A: 5\nA: ", "5", ("cut_off",)),
     ("<answer>", "<think>x</think><answer>42</answer>", "42", ()),
@@ -210,6 +222,7 @@ CASES = [
     ("auto", "The answer is 5. \\boxed{6}", "6", ()),
     ("auto", "A: 3\n#### 4", "4", ()),
     ("auto", "<answer>1</answer>\nA: 3", "3", ()),
+    ("auto", "The answer is 3, or\nAnswer: 4", "4", ()),
     ("auto", "The answer is 1. <answer>2</answer>", "2", ()),
     ("auto", "\\boxed{} so the answer is 5.", "5", ()),
     ("auto", r"The answer is \boxed{42", None, ("no_answer", "cut_off")),
@@ -295,7 +308,17 @@ MARKERS = [
     "#",
     "#### ",
 ]
-SENTENCES = ["answer is ", "answer is: **", "answer ", "answer is $", "answer is \\(", "A:", "A:\n"]
+SENTENCES = [
+    "answer is ",
+    "answer is: **",
+    "answer ",
+    "answer is $",
+    "answer is \\(",
+    "A:",
+    "A:\n",
+    "\nanswer \t",
+    "\nfinal \t",
+]
 SIGNS = ["** ", "**", "$$", " ", "\n", "! ", ".", ":"]
 
 
@@ -319,7 +342,7 @@ def test_many_copies_of_a_marker_and_nested_boxes() -> None:
 
 
 @QUICK
-@given(st.text(alphabet="\\{}boxedfA:#<>/answer is.$*\n 1", max_size=60), st.sampled_from(["auto", *FINDERS]))
+@given(st.text(alphabet="\\{}boxedfinalA:#<>/answer is.$*\n 1", max_size=60), st.sampled_from(["auto", *FINDERS]))
 def test_an_answer_is_trimmed_and_inside(text: str, finder: str) -> None:
     found = find_answer(text, finder)
     assert ("no_answer" in found.flags) == (found.match is None)
@@ -612,6 +635,58 @@ def test_question_of_messages(chat: Any, content: str) -> None:
         assert text == "And you?"
 
 
+HISTORY: list[dict[str, Any]] = [
+    {"role": "user", "content": "2 times 3?"},
+    {"role": "assistant", "content": "\\boxed{6}"},
+    {"role": "user", "content": "A crate holds 12."},
+    {"role": "user", "content": "And 4 crates?"},
+    {"role": "assistant", "content": "I cannot tell."},
+]
+
+
+def test_answers_before_the_response_are_part_of_the_prompt(chat: Any) -> None:
+    encoded = encode_messages(chat, HISTORY, first=4)
+    assert decoded(chat, encoded.token_ids[encoded.response_mask].tolist()) == "I cannot tell.<|im_end|>"
+    prompt = chat.apply_chat_template(HISTORY[:4], tokenize=False, add_generation_prompt=True)
+    assert decoded(chat, encoded.token_ids[encoded.prompt_mask].tolist()) == prompt
+    question = question_of_messages(chat, HISTORY, encoded, first=4)
+    assert decoded(chat, encoded.token_ids[question].tolist()) == "A crate holds 12.And 4 crates?"
+    with pytest.raises(ValueError, match=r"first must be the number of an assistant message, .* got 3"):
+        encode_messages(chat, HISTORY, first=3)
+    with pytest.raises(ValueError, match=r"first must be the number of an assistant message, .* got 5"):
+        encode_messages(chat, HISTORY, first=5)
+
+
+def test_a_tool_between_question_and_response(chat: Any) -> None:
+    talk = [*HISTORY[:3], {"role": "assistant", "content": "call"}, {"role": "tool", "content": "48"}, HISTORY[-1]]
+    encoded = encode_messages(chat, talk, first=5)
+    question = question_of_messages(chat, talk, encoded, first=5)
+    assert decoded(chat, encoded.token_ids[question].tolist()) == "A crate holds 12."
+
+
+def test_content_in_parts_is_their_text(chat: Any) -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+3?"}]
+    said = [{"type": "text", "text": "\\boxed{5}"}]
+    talk: list[dict[str, Any]] = [{"role": "user", "content": parts}, {"role": "assistant", "content": said}]
+    plain = [{"role": "user", "content": "What is 2+3?"}, {"role": "assistant", "content": "\\boxed{5}"}]
+    encoded, expected = encode_messages(chat, talk), encode_messages(chat, plain)
+    assert encoded.token_ids.equal(expected.token_ids)
+    assert question_of_messages(chat, talk, encoded).equal(question_of_messages(chat, plain, expected))
+    parts.append({"type": "image", "url": "a.png"})
+    with pytest.raises(ValueError, match=r"messages\[0\]: content holds parts that are no text"):
+        encode_messages(chat, talk)
+
+
+def test_options_of_the_template() -> None:
+    thinking = byte_level()
+    thinking.chat_template = "{{ 'no thoughts\n' if enable_thinking is false }}" + CHATML
+    more = {"enable_thinking": False}
+    encoded = encode_messages(thinking, TALK[:3], template_options=more)
+    assert decoded(thinking, encoded.token_ids).startswith("no thoughts\n<|im_start|>system")
+    question = question_of_messages(thinking, TALK[:3], encoded, template_options=more)
+    assert decoded(thinking, encoded.token_ids[question].tolist()) == "hi"
+
+
 def test_question_errors(chat: Any, small: Any) -> None:
     encoded = encode_messages(chat, TALK)
     with pytest.raises(ValueError, match="make it with encode_messages"):
@@ -625,11 +700,10 @@ def test_question_errors(chat: Any, small: Any) -> None:
     loud.chat_template = CHATML.replace("m['content']", "m['content'] | upper")
     with pytest.raises(ValueError, match=r"rewrites the content of messages\[1\]"):
         question_of_messages(loud, TALK, encode_messages(loud, TALK))
-    listed = byte_level()
-    listed.chat_template = CHATML.replace("m['content']", "m['content'] | string")
-    parts: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, TALK[-1]]
-    with pytest.raises(ValueError, match=r"messages\[0\]: content must be text, not list"):
-        question_of_messages(listed, parts, encode_messages(listed, parts))
+    empty: list[dict[str, Any]] = [{"role": "user", "content": None}, TALK[-1]]
+    loud.chat_template = CHATML.replace("m['content']", "m['content'] | string")
+    with pytest.raises(ValueError, match=r"messages\[0\]: content must be text, not NoneType"):
+        question_of_messages(loud, empty, encode_messages(loud, empty))
     trimmed = byte_level()
     trimmed.chat_template = CHATML.replace("m['content']", "m['content'] | trim")
     talk = [{"role": "user", "content": "  hi there \n"}, TALK[-1]]

@@ -144,7 +144,8 @@ def test_score_top_and_rule_of_the_tracer_count(model: Any) -> None:
 
 def test_the_question_of_messages(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TOKENIZER, "chat_template", TEMPLATE, raising=False)
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    example = [{"role": "user", "content": "2 and 2?"}, {"role": "assistant", "content": "A: 4"}]
+    messages = [{"role": "system", "content": "Be brief."}, *example, {"role": "user", "content": PROMPT}]
     for question, other in (("prompt", "user"), ("user", "prompt")):
         found = stability(Tracer(model, TOKENIZER, question=question), messages, RESPONSE, groups=["question"])
         traces = [Tracer(model, TOKENIZER, question=name)(messages, RESPONSE) for name in (question, other)]
@@ -210,6 +211,8 @@ def test_many_traces_are_summed_up(model: Any, found: Stability) -> None:
     assert rows["layer_agreement"]["spearman"][0] == pytest.approx(
         np.mean([found.layer_agreement, other.layer_agreement])
     )
+    few = stability(Tracer(model, TOKENIZER), PROMPT, RESPONSE, groups=["edges"])
+    assert {row["group"] for row in summarize([few])} == {"edges"}, "no row of what was not asked for"
     with pytest.raises(ValueError, match="found is empty"):
         summarize([])
 

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from flowgraph import Threshold, TokenGraph, TopK, Tracer, credit, trace_flow
+from flowgraph import options as options_module
 from flowgraph.capture import recording
 from tests.graphs import mask_of
 from tests.models import VOCABULARY, eager_attention, tiny
@@ -193,7 +195,7 @@ def test_a_saved_trace_gives_the_same_flow(model: Any, tmp_path: Path) -> None:
         ({"input_ids": ids().tolist()}, r"input_ids must be .* got list"),
         (
             {"attention_mask": torch.ones(3, 4)},
-            r"attention_mask must be \[B, T\] = \[3, 30\] like input_ids, got \[3, 4\]",
+            r"attention_mask must be a tensor \[B, T\] = \[3, 30\] like input_ids, got \[3, 4\]",
         ),
         (
             {"attention_mask": torch.ones(3, T).long() * mask_of(3, 0, 1)[:, None]},
@@ -204,7 +206,9 @@ def test_a_saved_trace_gives_the_same_flow(model: Any, tmp_path: Path) -> None:
         ({"answer_tokens": None}, r"row 0: .*tokenizer"),
         ({"truncated": [True]}, r"truncated must have one entry per row, 3, got 1"),
         ({"question_mask": prompts(length=12)}, r"row 0: .*question_mask"),
-        ({"position_ids": torch.arange(4)[None]}, r"position_ids must be \[B, T\]"),
+        ({"position_ids": torch.arange(4)[None]}, r"position_ids must be a tensor \[B, T\]"),
+        ({"attention_mask": [[1] * T] * 3}, r"attention_mask must be a tensor \[B, T\] = \[3, 30\] .*, got list"),
+        ({"attention_mask": np.ones((3, T))}, r"attention_mask must be a tensor \[B, T\] = \[3, 30\] .*, got ndarray"),
     ],
 )
 def test_wrong_inputs_get_their_own_errors(model: Any, changes: dict[str, Any], message: str) -> None:
@@ -225,6 +229,56 @@ def test_a_trace_beyond_the_window_is_refused_until_the_user_insists() -> None:
     assert len(Tracer(model, max_tokens=30).from_ids(**arguments)) == 3
 
 
+def test_the_window_is_that_of_the_model_inside_its_wrappers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parallel(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Parallel)
+    arguments: dict[str, Any] = {"input_ids": ids(), "prompt_mask": prompts(), "answer_tokens": answers()}
+    assert len(Tracer(Parallel(tiny("llama"))).from_ids(**arguments)) == 3
+    with pytest.raises(ValueError, match="more than the 20 that the model can see"):
+        Tracer(Parallel(tiny("llama", max_position_embeddings=20))).from_ids(**arguments)
+
+
+def test_without_a_named_chunk_a_model_that_cannot_go_on_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("VERY_LONG", 20), ("CHUNK", 8)):
+        monkeypatch.setattr(options_module, name, size)
+    arguments: dict[str, Any] = {"input_ids": ids(), "prompt_mask": prompts(), "answer_tokens": answers()}
+    able, unable = tiny("llama"), tiny("llama")
+    for layer in unable.model.layers:
+        plain = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, plain=plain, **kw: plain(*args, **(kw | {"past_key_values": None}))
+    lengths: dict[Any, set[int]] = {able: set(), unable: set()}
+    for model, seen in lengths.items():
+        model.model.layers[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.add(args[0].shape[1]))
+        for memory in (None, 10**9):
+            traces = Tracer(model, memory=memory).from_ids(**arguments)
+            assert torch.equal(traces.weights, Tracer(tiny("llama"), chunk=None).from_ids(**arguments).weights)
+    assert 8 in lengths[able] and lengths[unable] == {4, 8, T}  # 4 and 8: what was tried
+    with pytest.raises(ValueError, match="doesn't go on from a cache: pass chunk=None"):
+        Tracer(unable, chunk=8).from_ids(**arguments)
+
+
+def test_whole_numbers_of_any_size_are_ids(model: Any) -> None:
+    arguments: dict[str, Any] = {"prompt_mask": prompts(), "answer_tokens": answers()}
+    (expected, found) = (Tracer(model).from_ids(one, **arguments) for one in (ids(), ids().int()))
+    assert torch.equal(found.weights, expected.weights) and found[0].graph.token_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("mode", ["edges", "sparse"])
+def test_pads_in_the_middle_count_in_windows_whatever_the_chunk(mode: str) -> None:
+    model, real = tiny("mistral"), torch.ones(1, T, dtype=torch.bool)
+    real[:, 12:18] = False
+    masks: dict[str, Any] = {"prompt_mask": prompts(1), "answer_tokens": answers(1)}
+    whole, parts = (
+        Tracer(model, mode=mode, chunk=chunk, edges=Threshold(0.0)).from_ids(ids(1), real, **masks)[0]
+        for chunk in (None, 8)
+    )
+    torch.testing.assert_close(parts.reach, whole.reach, rtol=1e-4, atol=1e-6)
+
+
 def test_nan_in_the_model_is_named() -> None:
     model = tiny("llama")
     model.model.layers[2].self_attn.q_proj.weight.data.fill_(torch.nan)
@@ -237,11 +291,65 @@ def test_nan_in_the_model_is_named() -> None:
     [
         ({"question": "system"}, 'question must be "prompt" or "user", got \'system\''),
         ({"edges": 0.01}, "edges must be Threshold, TopK, Mass"),
+        ({"preset": "foo"}, r"preset must be one of \['flowgraph', 'paper'\], got 'foo'"),
+        ({"no_answer": "x"}, r"no_answer must be one of \['uniform', 'tail'\], got 'x'"),
+        ({"score": "entropy"}, r"score must be one of \['auto', 'throughput', 'reach', 'mix'\], got 'entropy'"),
+        ({"rule": "zzz"}, "rule must be one of 'top', .*, got 'zzz'"),
+        ({"top": 7}, r"top must be in \(0, 1\], got 7"),
+        ({"gain": float("nan")}, "gain must be finite and >= 0, got nan"),
+        ({"gain": "1.5"}, "gain must be a number, got '1.5'"),
+        ({"temperature": -1}, "temperature must be > 0, got -1"),
+        ({"layers": "midle"}, 'layers must be "middle", "all" or a list of layer numbers, got \'midle\''),
+        ({"layers": 3}, 'layers must be "middle", "all" or a list of layer numbers, got 3'),
+        ({"answer": "boxxed"}, "unknown finder 'boxxed'; use one of"),
+        ({"tail_tokens": -1}, "tail_tokens must be at least 1, got -1"),
+        ({"max_tokens": -5}, "max_tokens must be None or a number of tokens, 1 or more, got -5"),
+        ({"memory": 1.5}, "memory must be None or a number of bytes, got 1.5"),
     ],
 )
 def test_bad_options_are_refused_at_once(model: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Tracer(model, **options)
+
+
+@pytest.mark.parametrize("mode", ["edges", "sparse", "exact"])
+def test_weights_of_a_trace_in_inference_mode_go_into_a_loss(model: Any, mode: str) -> None:
+    arguments: dict[str, Any] = {"prompt_mask": prompts(), "answer_tokens": answers()}
+    expected = Tracer(model, mode=mode).from_ids(ids(), **arguments)
+    with torch.inference_mode():
+        traces = Tracer(model, mode=mode).from_ids(ids(), **arguments)
+        with recording(model) as captures:
+            model(ids())
+        recorded = Tracer(model, mode=mode).from_ids(ids(), **arguments, captured=captures[0])
+    losses = torch.ones(3, T, requires_grad=True)
+    for found in (traces, recorded):
+        assert torch.equal(found.weights, expected.weights)
+        (losses * found.weights).sum().backward()
+
+
+def test_traces_are_themselves_and_no_other(model: Any) -> None:
+    one, other = (
+        Tracer(model, keep_attention=True).from_ids(ids(1), prompt_mask=prompts(1), answer_tokens=answers(1))[0]
+        for _ in range(2)
+    )
+    for a, b in ((one, other), (one.flow, other.flow), (one.credit, other.credit), (one.captured, other.captured)):
+        assert a == a and a != b and len({a, b}) == 2
+
+
+def test_a_budget_may_be_written_as_a_float(model: Any) -> None:
+    memory = Tracer(model, memory=8e9).options.memory
+    assert memory == 8 * 10**9 and type(memory) is int
+
+
+def test_of_a_packed_row_the_last_document_is_cut_off(model: Any) -> None:
+    arguments: dict[str, Any] = {"prompt_mask": prompts(2), "answer_tokens": answers(2)}
+    arguments["prompt_mask"][1, 15:18] = True
+    arguments["answer_tokens"][1, 12:13] = True
+    positions = torch.arange(T).expand(2, T).clone()
+    positions[1, 15:] -= 15
+    for truncated, cut in (([False, True], [False, False, True]), ([True, False], [True, False, False])):
+        traces = Tracer(model).from_ids(ids(2), **arguments, position_ids=positions, truncated=truncated)
+        assert ["cut_off" in trace.flags for trace in traces] == cut
 
 
 def test_text_needs_a_tokenizer(model: Any) -> None:
@@ -299,6 +407,29 @@ def test_the_question_can_be_narrowed_to_what_the_user_wrote(smollm2: tuple[Any,
     sources = trace.graph.question_mask.nonzero().flatten().tolist()
     assert "".join(trace.text[i] for i in sources) == QUESTION
     assert bool((trace.graph.prompt_mask & ~trace.graph.question_mask).any())
+
+
+@pytest.mark.real
+def test_text_takes_no_options_of_a_template(smollm2: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="template_options are for chat messages"):
+        Tracer(*smollm2)(QUESTION, RESPONSE, template_options={"enable_thinking": False})
+
+
+@pytest.mark.real
+def test_earlier_answers_are_part_of_the_prompt(smollm2: tuple[Any, Any]) -> None:
+    talk = [
+        {"role": "user", "content": "2 times 3?"},
+        {"role": "assistant", "content": "It is \\boxed{6}."},
+        {"role": "user", "content": QUESTION},
+    ]
+    unsure = Tracer(*smollm2)(talk, "I cannot tell.")
+    assert unsure.answer is None and "no_answer" in unsure.flags and (unsure.weights == 1).all()
+    trace = Tracer(*smollm2, question="user")(talk, RESPONSE)
+    assert trace.text is not None and trace.answer == "48"
+    assert "".join(trace.text[i] for i in trace.graph.question_mask.nonzero().flatten().tolist()) == QUESTION
+    assert len(trace.response_weights) == len(smollm2[1](RESPONSE)["input_ids"]) + 1  # and the end of the turn
+    rollout = Tracer(*smollm2)([*talk, {"role": "assistant", "content": RESPONSE}])
+    assert len(rollout.response_weights) > len(trace.response_weights)
 
 
 @pytest.mark.real
