@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowgraph.flow import Flow
+from flowgraph.flow import Flow, check_flow
 from flowgraph.graph import graph_ptr
 from flowgraph.solve import Triangle
 
@@ -47,7 +47,8 @@ class FlowArrays:
 
     @classmethod
     def of(cls, flow: Flow) -> FlowArrays:
-        """Raises a ValueError for the flow of a batch."""
+        """Raises a TypeError for what is no flow, a ValueError for the flow of a batch."""
+        check_flow(flow)
         if len(graph_ptr(flow.graph)) != 2:
             raise ValueError(f"flow is over a batch of {len(flow)} graphs; take them one by one: for one in flow")
         source, target = flow.graph.edge_index.cpu().numpy()
@@ -180,15 +181,24 @@ class Path:
     Attributes:
         tokens: its nodes, ascending; a source that is a sink is a path of one.
         log_share: the natural logarithm of the share of the injected unit that takes it.
+        names: of its nodes, where they have any: those of segments.
     """
 
     tokens: tuple[int, ...]
     log_share: float
+    names: tuple[str, ...] | None = None
 
     @property
     def share(self) -> float:
         """What it carries of the injected unit; 0 where that is below any float, and `log_share` is not."""
         return math.exp(self.log_share)
+
+    def __repr__(self) -> str:
+        nodes = map(str, self.tokens) if self.names is None else map(repr, self.names)
+        return f"Path({100 * self.share:.3g}%: {' -> '.join(nodes)})"
+
+
+_SHOWN = 10  # paths that are printed
 
 
 class Paths(list[Path]):
@@ -200,7 +210,9 @@ class Paths(list[Path]):
         return math.fsum(path.share for path in self)
 
     def __repr__(self) -> str:
-        return f"Paths({len(self)} paths with {self.share:.3%} of the flow)"
+        s = "s" * (len(self) != 1)
+        shown = [f"  {path!r}" for path in self[:_SHOWN]] + ["  ..."] * (len(self) > _SHOWN)
+        return "\n".join([f"Paths({len(self)} path{s} with {self.share:.3%} of the flow)", *shown])
 
 
 _START = -1
@@ -243,11 +255,13 @@ def paths(flow: Flow, k: int = 10) -> Paths:
 
     ends = _losses(best[sinks], np.flatnonzero(sinks), limit=k)
     found = _best_first(ends, ways, source, k)
+    names = getattr(flow.graph, "segment_names", None)
     ordered = Paths()
     for last, edges in found:
         first = int(source[edges[0]]) if edges else last
         share = math.fsum([float(log_start[first]), *log_share[edges].tolist()])
-        ordered.append(Path((first, *target[edges].tolist()), share))
+        nodes = (first, *target[edges].tolist())
+        ordered.append(Path(nodes, share, None if names is None else tuple(names[node] for node in nodes)))
     ordered.sort(key=lambda path: (-path.log_share, path.tokens))
     return ordered
 

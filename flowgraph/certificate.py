@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowgraph.flow import Flow
+from flowgraph.flow import Flow, check_flow
 from flowgraph.graph import TokenGraph, closed_tokens, graph_ptr
 from flowgraph.pools import expand
 from flowgraph.solve import Triangle
@@ -106,6 +106,13 @@ class Certificate:
     flow_error: Tensor | None = None
     top_overlap: float | None = None
 
+    def __repr__(self) -> str:
+        found = self.summary()
+        mass = ", ".join(f"{name} {found[f'{name}_share']:.1%}" for name in ("listed", "modelled", "lost"))
+        bounds = f"reach within {found['reach_bound']:.2g}, flow within {found['flow_bound']:.2g}"
+        overlap = "not estimated" if self.top_overlap is None else f"{self.top_overlap:.1%}"
+        return f"Certificate({mass}; {bounds}; overlap of the top tokens {overlap})"
+
     def summary(self) -> dict[str, float | None]:
         """As columns of a table: means over rows for mass, the largest of each bound."""
         mass = (self.listed + self.modelled + self.lost).double().sum().clamp(min=1e-30)
@@ -131,8 +138,9 @@ def certify(
         seed: of the random signs; the same seed gives the same estimate.
 
     Raises:
-        ValueError: a batch, or witnesses of another trace.
+        TypeError: flow is no `Flow`. ValueError: a batch, or witnesses of another trace.
     """
+    check_flow(flow)
     graph = flow.graph
     if len(graph_ptr(graph)) != 2:
         raise ValueError(f"flow is over a batch of {len(flow)} graphs; certify them one by one: for one in flow")

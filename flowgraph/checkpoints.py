@@ -70,9 +70,11 @@ class Checkpoints(list[Checkpoint]):
         self.minimum, self.complete = minimum, complete
 
     def __repr__(self) -> str:
-        return (
-            f"Checkpoints({len(self)} cuts, smallest of {self.minimum} nodes, all up to {self.complete} nodes listed)"
-        )
+        def counted(count: int, what: str) -> str:
+            return f"{count} {what}{'s' * (count != 1)}"
+
+        smallest, listed = counted(self.minimum, "node"), counted(self.complete, "node")
+        return f"Checkpoints({counted(len(self), 'cut')}, smallest of {smallest}, all up to {listed} listed)"
 
 
 def checkpoints(
@@ -384,7 +386,8 @@ def _removal_from_rows(flow: Flow, rows: Rows, removed: Tensor, absorb_at_prompt
         raise ValueError(
             "reach in rows is not the reach of the flow: pass the rows that exact_flow read (the same layers and heads)"
         )
-    return Removal(1 - without.sum(0) / whole.sum(), 1 - (without / whole[:, None]).mean(0))
+    lost, passing = 1 - without.sum(0) / whole.sum(), 1 - (without / whole[:, None]).mean(0)
+    return Removal(lost.clamp(min=0), passing.clamp(min=0))  # below 0 is rounding
 
 
 # --- layers and heads ------------------------------------------------------------------------------------------------

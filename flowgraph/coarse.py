@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch_geometric.utils import coalesce
 
-from flowgraph.flow import Flow
+from flowgraph.flow import Flow, check_flow
 from flowgraph.graph import TokenGraph, closed_tokens, graph_ptr
 from flowgraph.rows import Rows
 from flowgraph.segments import Segments
@@ -45,12 +45,14 @@ def contract(flow: Flow, segments: Segments, rows: Rows | None = None, *, absorb
         can take. `transition` is the share of the flow that leaves a segment; 0 where none does. Of its graph,
         `edge_weight` is the attention that the tokens of the later segment pay to the earlier one, on average; a mask
         is set where all tokens have it (`question_mask`, `credit_mask`: one of them); `internal_flow` [M] is the flow
-        between tokens of the same segment; `token_ids` are -1.
+        between tokens of the same segment; `segment_names` are those of the segments; `token_ids` are -1.
 
     Raises:
+        TypeError: flow is no `Flow`.
         ValueError: a batch, segments over another number of tokens, or one that mixes sinks or prompt with others; rows
             with a flow through a graph that dropped some of them.
     """
+    check_flow(flow)
     graph = flow.graph
     if len(graph_ptr(graph)) != 2:
         raise ValueError(f"flow is over a batch of {len(flow)} graphs; contract them one by one: for one in flow")
@@ -102,7 +104,7 @@ def contract(flow: Flow, segments: Segments, rows: Rows | None = None, *, absorb
         layers=graph.layers,
         rule=f"segments of {graph.rule}",
     )
-    coarse.internal_flow = kept(inner)
+    coarse.internal_flow, coarse.segment_names = kept(inner), list(segments.names)
     injection = total(flow.injection.double())
     remainder = rows is None
     unlisted_in = total(flow.unlisted_inflow.double() * remainder)

@@ -55,7 +55,7 @@ class Difference:
         difference, low, high: of the means, and its bootstrap interval.
         examples: the traces at the ends: those of a that are farthest on a's side (the highest, if a has more of it),
             and those of b on the other. Of pairs: those with the highest and with the lowest difference a - b, which is
-            then their value.
+            then their value; half of all at most, so that no pair is at both ends.
     """
 
     measure: str
@@ -288,7 +288,7 @@ def _difference(
         found["p"] = _p(x, y, paired, test, how["resamples"], how["seed"])
     if paired:
         away, ends = x - y, ((rows[0], x - y, labels[0]), (rows[0], y - x, labels[0]))
-        values = (away, away)
+        values, count = (away, away), min(count, len(away) // 2)
     else:
         sign = 1.0 if not found["auc"] < 0.5 else -1.0
         ends = ((rows[0], sign * x, labels[0]), (rows[1], -sign * y, labels[1]))

@@ -1,8 +1,9 @@
 """What the flow of a trace is like, in numbers that compare between traces. `ABOUT` says what each one is.
 
-`f` is the flow through a token, `phi` the flow on an edge, `p` a token's share of the sum of `f` over C, `C` the tokens
-that may get credit (`credit_mask`), `R` the response, `Q` the question; all sums are over one graph. A path is taken
-with the probability that flow takes it. Where a trace has no flow, no text or nothing to divide by, a measure is NaN.
+The flow of a token is what passes through it (`Flow.flow`, half its throughput), that of some tokens the sum over them:
+a unit that passes two of them counts twice. Tokens that may get credit are those of `credit_mask`. All sums are over
+one graph. A path is taken with the probability that flow takes it. Where a trace has no flow, no text or nothing to
+divide by, a measure is NaN.
 
 Shapes: N tokens, E edges, B graphs of a batch.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.transforms import BaseTransform
 
-from flowgraph.flow import Flow, trace_flow
+from flowgraph.flow import Flow, check_flow, trace_flow
 from flowgraph.graph import graph_batch, graph_ptr
 
 CLASSES = ("digit", "operator", "delimiter", "word")
@@ -28,33 +29,35 @@ _LOCAL = 10
 _NEAR = (8, 32, 128, 512)
 _CROSSES = 1e-3
 
+_MAY = "the tokens that may get credit"
+
 ABOUT = {
     "path_length_mean": "edges on a path from question to answer, mean by flow",
     "path_length_p90": "the length that 90 % of the flow does not exceed",
     "path_length_max": "the length that 99.9 % of the flow does not exceed",
-    "direct_share": "flow that goes from the question to the answer over one edge",
-    "effective_tokens": "1 / sum p^2 over C: over how many tokens the flow is spread",
-    "effective_share": "effective_tokens / |C|",
-    "entropy": "- sum p log p / log |C|: 1 if all tokens of C carry the same",
-    "gini": "inequality of f over C: 0 if all carry the same, towards 1 if one carries all",
-    "top_tenth": "share of the flow over C in its ceil(|C| / 10) strongest tokens",
+    "direct_share": "share of the flow that goes from the question to the answer over one edge",
+    "effective_tokens": f"over how many of {_MAY} the flow is spread: 1 / sum of (share of the flow)^2",
+    "effective_share": f"effective_tokens over the number of {_MAY}",
+    "entropy": f"of the flow among {_MAY}, over its largest value: 1 if all carry the same, 0 if one carries all",
+    "gini": f"inequality of the flow among {_MAY}: 0 if all carry the same, towards 1 if one carries all",
+    "top_tenth": f"share of the flow of {_MAY} in the strongest tenth of them, rounded up",
     "distance_mean": "tokens from one end of an edge to the other, mean by flow",
-    "distance_relative": "distance_mean / N",
-    "local_share": f"flow on edges over at most {_LOCAL} tokens, of all edges",
-    "width_mean": "effective number of edges, (sum phi)^2 / sum phi^2, that cross from one position of R to the next, "
-    f"mean over positions that at least {_CROSSES:g} of the flow crosses",
+    "distance_relative": "distance_mean over the number of tokens of the trace",
+    "local_share": f"flow on edges over at most {_LOCAL} tokens, of the flow on all edges",
+    "width_mean": "effective number of edges, (sum of flow)^2 / sum of flow^2, that cross from one position of the "
+    f"response to the next; mean over positions that at least {_CROSSES:g} of the flow crosses",
     "width_min": "the least of these widths",
-    "width_min_place": "where that is: 0 the begin of R, 1 its end",
-    **{f"width_quarter_{q}": f"mean width in quarter {q} of R" for q in (1, 2, 3, 4)},
-    "place_mean": "where the flow over R is, mean place: 0 the begin of R, 1 its end",
-    **{f"quarter_{q}": f"share of the flow over R in its quarter {q}" for q in (1, 2, 3, 4)},
-    **{f"near_{n}": f"share of the flow over C within {n} tokens before the first sink" for n in _NEAR},
-    "question_share": "effective number of tokens of Q by reach, over |Q|: how much of the question was used",
-    "prompt_share": "share of the sum of f in the prompt",
-    "response_share": "share of the sum of f in R",
-    "sink_share": "share of the sum of f in the sinks",
-    **{f"{name}_share": f"share of the flow over C in tokens that are a {name} (needs text)" for name in CLASSES},
-    **{f"{name}_lift": f"{name}_share over the share of such tokens in C" for name in CLASSES},
+    "width_min_place": "where that is: 0 the begin of the response, 1 its end",
+    **{f"width_quarter_{q}": f"mean width in quarter {q} of the response" for q in (1, 2, 3, 4)},
+    "place_mean": "where the flow of the response is, mean place: 0 its begin, 1 its end",
+    **{f"quarter_{q}": f"share of the flow of the response in its quarter {q}" for q in (1, 2, 3, 4)},
+    **{f"near_{n}": f"share of the flow of {_MAY} within {n} tokens before the first sink" for n in _NEAR},
+    "question_share": "effective number of tokens of the question by reach, over their number: how much of it was used",
+    "prompt_share": "share of the flow of all tokens in the prompt",
+    "response_share": "share of the flow of all tokens in the response",
+    "sink_share": "share of the flow of all tokens in the sinks, where the flow ends",
+    **{f"{name}_share": f"share of the flow of {_MAY} in those that are a {name} (needs text)" for name in CLASSES},
+    **{f"{name}_lift": f"{name}_share over the share of such tokens among {_MAY}" for name in CLASSES},
     "unlisted_share": "flow on edges that the graph does not list, of all: pools, and in exact mode the rest",
 }
 """What each measure is, in one line. The tests hold them against plain loops."""
@@ -75,8 +78,9 @@ def measures(
         One float64 tensor [B] per name of `MEASURES`, on the CPU.
 
     Raises:
-        ValueError: text of another number of graphs or tokens.
+        TypeError: flow is no `Flow`. ValueError: text of another number of graphs or tokens.
     """
+    check_flow(flow)
     return _Graphs(flow, text).measures(max_hops)
 
 

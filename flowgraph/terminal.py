@@ -54,9 +54,15 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= 1000 else text[:1000] + " ..."
 
 
-def stdout() -> Console:
-    """For results."""
-    return Console(highlight=False)
+_WIDE = 120  # columns that a table of numbers may take in a narrow terminal or a pipe: a cut number is worse
+
+
+def stdout(wide: bool = False) -> Console:
+    """For results; `wide`: for tables of numbers."""
+    out = Console(highlight=False)
+    if wide:
+        out.width = max(out.width, _WIDE)
+    return out
 
 
 def stderr() -> Console:
@@ -252,9 +258,12 @@ SURE = 0.05  # a corrected p up to this is shown in bold
 ENDS = 3  # measures whose traces at the ends are named
 
 
-def show_comparison(comparison: Comparison) -> None:
-    """A row per measure, the surest first, and the traces at the ends of the first few, to stdout."""
-    out, (a, b) = stdout(), (clean(name) for name in comparison.names)
+def show_comparison(comparison: Comparison, pair: str | None = None) -> None:
+    """A row per measure, the surest first, and what is at the ends of the first few, to stdout.
+
+    That is traces, or pairs: those are named by what they have in the column `pair`.
+    """
+    out, (a, b) = stdout(wide=True), (clean(name) for name in comparison.names)
     sizes = f"{a}: {comparison.sizes[0]:,} traces | {b}: {comparison.sizes[1]:,} traces"
     if comparison.pairs is not None:
         sizes += (
@@ -266,8 +275,12 @@ def show_comparison(comparison: Comparison) -> None:
     table.add_column("measure", no_wrap=True)
     interval = f"{comparison.settings['confidence']:.0%} interval"
     columns = [a, b, "difference", interval, "AUC", "d", "p", *(["without"] if missing else [])]
+    means = max(len(_number(mean)) for one in comparison for mean in one.mean)
     for name in columns:
-        table.add_column(Text(name), justify="right", no_wrap=name not in (a, b), overflow="fold")
+        is_group = name in (a, b)  # a name may be long and is folded; its numbers are not
+        table.add_column(
+            Text(name), justify="right", no_wrap=not is_group, overflow="fold", min_width=means if is_group else None
+        )
     for one in comparison.ranked():
         ends = "" if one.low != one.low else f"{one.low:+.3g} .. {one.high:+.3g}"
         cells = [
@@ -283,10 +296,12 @@ def show_comparison(comparison: Comparison) -> None:
     out.print(table)
     if comparison.unshared:
         out.print(Text(clean(f"in one file only: {', '.join(comparison.unshared)}"), style="dim"), soft_wrap=True)
+    titles = (a, b) if comparison.pairs is None else ("highest differences", "lowest")
     for one in comparison.ranked()[:ENDS]:
         if one.examples[0] or one.examples[1]:
             sides = (
-                f"{name}: " + ", ".join(map(_example, side)) for name, side in zip((a, b), one.examples, strict=True)
+                f"{name}: " + ", ".join(_example(example, pair) for example in side)
+                for name, side in zip(titles, one.examples, strict=True)
             )
             out.print(Text(clean(f"{one.measure}  " + " | ".join(sides))), soft_wrap=True)
 
@@ -295,8 +310,10 @@ def _number(value: float, how: str = ".3g") -> str:
     return "" if value != value else format(value, how)
 
 
-def _example(example: Example) -> str:
-    """What a trace is called, and its value."""
+def _example(example: Example, pair: str | None) -> str:
+    """What a trace is called, and its value; what a pair has in common, and its difference."""
+    if pair is not None:
+        return f"{pair} {example.label} ({example.value:+.3g})"
     label = example.label
     if isinstance(label, Mapping):
         label = f"line {label['line']}" if "line" in label else label.get("id", f"row {example.row}")
@@ -358,19 +375,15 @@ def _stability_table(rows: Sequence[tuple[str, ...]], top: float) -> None:
     for group, *cells in rows:
         table.add_row(group if group != before else "", *map(Text, cells))
         before = group
-    stdout().print(table)
+    stdout(wide=True).print(table)
 
 
 # ------------------------------------------------------------------------- what hiding tokens does
 
 
-_WIDE = 120  # columns that a table of numbers may take in a narrow terminal or a pipe: a cut number is worse
-
-
 def show_faithful(found: Mapping[str, Any]) -> None:
     """The controls, then a table for every choice of tokens, the best signals first, to stdout."""
-    out = stdout()
-    out.width = max(out.width, _WIDE)
+    out = stdout(wide=True)
     aside = sum(found["set_aside"].values())
     facts = f"{found['traces']:,} traces" + (f", {aside:,} rows set aside" if aside else "")
     out.print(Text(facts, style="bold"), soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from flowgraph import Flow, Segments, TokenGraph, TopK, Tracer, contract, exact_flow, split, trace_flow
+from flowgraph import (
+    Flow,
+    Segments,
+    TokenGraph,
+    TopK,
+    Tracer,
+    backbone,
+    certify,
+    checkpoints,
+    contract,
+    credit,
+    exact_flow,
+    hubs,
+    measures,
+    paths,
+    removal,
+    split,
+    trace_flow,
+    width,
+)  # fmt: skip
 from flowgraph.rows import DenseRows
 from tests.graphs import attention, chain, graphs, mask_of, random_graph
 from tests.written import ANSWERS, TOKENIZER, ids, marked, policy, written_by_hand
@@ -217,3 +237,35 @@ def test_a_trace_contracts_by_its_text() -> None:
     )
     with pytest.raises(ValueError, match="has no text to divide"):
         bare.segments()
+    for function in FUNCTIONS_OF_FLOWS:
+        with pytest.raises(TypeError, match=r"flow must be a Flow, got Trace; pass its \.flow"):
+            function(trace)
+        with pytest.raises(TypeError, match=r"got TokenGraph; trace_flow\(graph\) gives one"):
+            function(trace.graph)
+
+
+FUNCTIONS_OF_FLOWS: list[Callable[[Any], object]] = [
+    backbone, paths, hubs, width, certify, measures, credit,
+    lambda it: contract(it, Segments(torch.tensor([0, 1]), [""], [""])), lambda it: removal(it, [[0]]),
+]  # fmt: skip
+
+
+def test_what_is_printed_can_be_read() -> None:
+    flow = trace_flow(chain(3, 0.5))
+    assert repr(flow) == "Flow(4 nodes, 3 edges, 1 injected, 1 absorbed, solver 'scipy')"
+    both = trace_flow(Batch.from_data_list([chain(3, 0.5)] * 2))
+    assert repr(both) == "Flow(2 graphs, 8 nodes, 6 edges, 2 injected, 2 absorbed, solver 'scipy')"
+    assert repr(paths(flow)) == "Paths(1 path with 100.000% of the flow)\n  Path(100%: 0 -> 1 -> 2 -> 3)"
+    coarse = contract(flow, Segments(torch.tensor([0, 1, 3, 4]), ["Q?", "It's so.", "A"], [""] * 3))
+    assert repr(paths(coarse)[0]) == """Path(100%: 'Q?' -> "It's so." -> 'A')"""
+    many = paths(trace_flow(random_graph(30)), 12)
+    assert len(repr(many).splitlines()) == 12 and repr(many).endswith("\n  ...")
+    assert repr(checkpoints(coarse, backbone(coarse), max_cut=1)) == (
+        "Checkpoints(3 cuts, smallest of 1 node, all up to 1 node listed)"
+    )
+    lone = checkpoints(coarse, backbone(coarse), max_cut=1, limit=1)
+    assert repr(lone) == "Checkpoints(1 cut, smallest of 1 node, all up to 0 nodes listed)"
+    assert repr(certify(flow)) == (
+        "Certificate(listed 100.0%, modelled 0.0%, lost 0.0%; reach within 0, flow within 0; "
+        "overlap of the top tokens 100.0%)"
+    )

@@ -143,6 +143,9 @@ def test_pairs_are_compared_with_each_other() -> None:
     assert one.examples[0][0].label == f"id{int((x - y).argmax())}"
     assert one.examples[0][0].value == pytest.approx((x - y).max())
     assert one.examples[1][0].label == f"id{int((x - y).argmin())}"
+    few = compare(a, b, pair=keys, examples=size)["m"]
+    assert [len(side) for side in few.examples] == [size // 2] * 2, "no pair is at both ends"
+    assert not {one.label for one in few.examples[0]} & {one.label for one in few.examples[1]}
 
 
 def test_rows_with_the_same_key_count_as_their_mean() -> None:

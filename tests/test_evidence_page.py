@@ -51,6 +51,22 @@ def test_signals_stand_in_the_order_of_their_precision(tmp_path: Path) -> None:
     assert "There is no recall-scratchpad.jsonl yet" in text
 
 
+def test_the_mix_is_compared_with_reach(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"task": "addition", "split": "report", "signals": ["mix", "reach"]}]
+    for problem in range(12):  # the mix finds the carrier, reach does not
+        line = {"task": "addition", "split": "report", "problem": problem, "level": 1, "solved": True, "verified": True}
+        lines.append(line | {"units": 3, "carriers": [0], "hops": [1], "max": "012 201", "mean": "012 201"})
+    (tmp_path / "recall-addition.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "gsm8k").mkdir()
+    drops = [{"line": n, "tables": [{"drop": {"mix": n, "reach": n + 1 + n % 2}}]} for n in range(12)]
+    rows: list[dict[str, Any]] = [*drops, {"line": 12, "reason": "set aside"}]
+    (tmp_path / "gsm8k" / "traces.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    found = page.mix_section(tmp_path).splitlines()[2:]
+    assert found[0].startswith("| addition, precision | other tasks | 12 | 1.00 ") and found[0].endswith("better |")
+    assert found[1].startswith("| GSM8K, `gsm8k`, drop | other problems | 12 | 5.50 ") and "-1.50 [" in found[1]
+    assert found[1].endswith("worse |") and len(found) == 2
+
+
 @pytest.mark.slow
 def test_the_page_is_what_the_logs_say() -> None:
     text = (page.ROOT / page.PAGE).read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 
 from flowgraph import Flow, TokenGraph, TopK, exact_flow, trace_flow
-from flowgraph.measures import MEASURES, AddMeasures, frame, measures, rows, token_class
+from flowgraph.measures import ABOUT, MEASURES, AddMeasures, frame, measures, rows, token_class
 from flowgraph.rows import DenseRows
 from tests.graphs import attention, graphs, layered, mask_of, random_graph
 
@@ -205,6 +206,12 @@ def test_as_features_of_a_pyg_dataset() -> None:
     )
     with pytest.raises(ValueError, match="names holds 'size'; measures are"):
         AddMeasures(["size"])
+
+
+def test_what_a_measure_is_is_said_in_words() -> None:
+    assert list(ABOUT) == list(MEASURES)
+    for name, about in ABOUT.items():
+        assert not re.search(r"\b(C|R|Q|N|f|p|phi)\b", about), f"{name}: {about}"
 
 
 def test_as_a_data_frame() -> None:

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flowgraph import cli
-from flowgraph.adapters.records import read_scores
-from flowgraph.adapters.shards import CERTIFICATE, MANIFEST, SCHEMA, schema
+from flowgraph.adapters.records import CERTIFICATE, read_scores
+from flowgraph.adapters.shards import MANIFEST, SCHEMA, schema
 from tests.conftest import ROOT
 from tests.jobs import NAN, load, responses, write_rows
 
@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tracer.tokenizer.save_pretrained(folder / "model")
     rows = responses(25, _11=NAN)
     for number, row in enumerate(rows):
-        row["correct"] = number % 2 == 0
+        row |= {"correct": number % 2 == 0, "answer": "the right one"}
     write_rows(folder / "rollouts.jsonl", rows)
     arguments = ["score", folder / "rollouts.jsonl", folder / "scores", "-m", folder / "model", "--shard-rows", "10"]
     result = invoke(*arguments, "--measures", "--graphs")
@@ -64,8 +64,9 @@ def test_every_way_of_loading_gives_the_same_rows(place: Path, monkeypatch: pyte
         assert list(scores["line"]) == [k for k in range(1, 26) if k != 12]
     joined = found["joined"]
     assert len(joined) == 24
-    assert (joined["id_x"] == joined["id_y"]).all()
-    assert (joined["answer"] == joined["response"].str.extract(r"(\d+)\.$")[0]).all()
+    assert (joined["id"] == joined["id_found"]).all()
+    assert (joined["answer"] == "the right one").all(), "what IN says stays under its name"
+    assert (joined["answer_found"] == joined["response"].str.extract(r"(\d+)\.$")[0]).all()
 
 
 def test_the_page_names_columns_and_schema(place: Path) -> None:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks import rl_gain, rl_tasks, tables
 from benchmarks.evidence import choices, gsm8k, recall
@@ -20,6 +23,7 @@ from benchmarks.evidence.recall import word
 from benchmarks.evidence.tasks import TASKS
 from flowgraph.adapters.evidence import plots, summary
 from flowgraph.adapters.evidence.signals import CONTROLS
+from flowgraph.adapters.evidence.statistics import interval, paired
 from flowgraph.adapters.evidence.summary import grid, number
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,6 +116,45 @@ def choices_section(logs: Path) -> str:
     )
 
 
+def mix_section(logs: Path) -> str:
+    """The mix against reach, the other of its halves, on the same problems or traces."""
+    rows: list[tuple[str, ...]] = []
+
+    def row(test: str, chosen_on: str, count: int, mix: Cell, reach: Cell, difference: Cell) -> None:
+        cells = (number(mix), number(reach), number(difference, "+.2f"))
+        rows.append((test, chosen_on, f"{count}", *cells, word(difference)))
+
+    carriers = [line for task in HEADLINE for line in lines_of(logs / f"recall-{task}.jsonl")]
+    found = recall.summarise(carriers, against="reach")
+    for task in HEADLINE:
+        signals = found.get(task, {}).get("signals", {})
+        if {"mix", "reach"} <= signals.keys():
+            mix, reach = (signals[name]["max"] for name in ("mix", "reach"))
+            chosen_on = "other problems" if task in choices.CHOOSE else "other tasks"
+            cells = (mix["precision"], reach["precision"], mix["difference"]["precision"])
+            row(f"{task}, precision", chosen_on, found[task]["counted"], *cells)
+    drops = {
+        (f"GSM8K, `{run}`", "other problems"): [
+            table["drop"]
+            for line in summary.read_lines(logs / run)
+            for table in line.get("tables", ())
+            if {"mix", "reach"} <= table["drop"].keys()
+        ]
+        for run in HIDING
+    }
+    for line in lines_of(logs / "choices-gsm8k.jsonl"):
+        if "drop" in line:
+            half = "other problems" if line["problem"] % 2 else "these"
+            drops.setdefault(("GSM8K, variants", half), []).append(line["drop"])
+    for (test, chosen_on), of_test in drops.items():
+        if of_test:
+            one, other = (np.array([drop[name] for drop in of_test]) for name in ("mix", "reach"))
+            how = {"resamples": summary.RESAMPLES}  # as in the tables of these runs
+            intervals = (interval(one, **how), interval(other, **how), paired(one, other, **how))
+            row(f"{test}, drop", chosen_on, len(of_test), *map(asdict, intervals))
+    return grid(("test", "the mix was chosen on", "problems", "mix", "reach", "mix - reach", "against reach"), rows)
+
+
 def _mean(cell: Cell | None) -> str:
     return "" if cell is None or cell["mean"] is None else f"{cell['mean']:.2f}"
 
@@ -172,6 +215,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "carriers": carriers_section,
     "hiding": hiding_section,
     "choices": choices_section,
+    "mix": mix_section,
     "rl": rl_section,
 }
 
