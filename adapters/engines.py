@@ -9,6 +9,8 @@ schedules anything itself: that is what `concurrent.futures` and Ray Data are fo
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -20,16 +22,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from flowgraph.adapters.inputs import SHARD_BYTES, Shard, fingerprint, plan, same_place, sources
-from flowgraph.adapters.scoring import Job, Tally, Worker, device_is_lost
-from flowgraph.adapters.shards import DOING, Manifest, clear, finished, known, locked, sweep
+from flowgraph.adapters.scoring import Job, Tally, Worker, device_is_lost, in_order
+from flowgraph.adapters.shards import DOING, Manifest, clear, deaths, finished, is_ours, known, locked, pardon, sweep
 
 ENGINES = ("local", "ray")
+SHOWS_WITHIN = 90.0
+"""Seconds in which a file that another machine has renamed shows here: NFS remembers for up to a minute that a name was
+not there."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -39,30 +44,31 @@ class Engine:
 
     Attributes:
         name: "local" or "ray".
-        workers: processes (local: 1 is this one) or actors, each with a model of its own.
+        workers: processes (local: 1 is this one) or actors, each with a model of its own; None: one per GPU that
+            `device` leaves to choose from, of this machine or of the cluster, else one.
         device: of the workers; "auto" gives each its own GPU, where there are any.
-        address: of the Ray cluster; None as in `ray.init`. gpus, cpus: what Ray reserves for each actor.
+        address: of the Ray cluster; None as in `ray.init`.
+        gpus, cpus: what Ray reserves for each actor. gpus None: 1 where the cluster has any, 0 with another device. An
+            actor without a reserved one sees all GPUs of its node, and takes the first.
     """
 
     name: str = "local"
-    workers: int = 1
+    workers: int | None = 1
     device: str = "auto"
     address: str | None = None
-    gpus: float = 0
+    gpus: float | None = None
     cpus: float = 1
 
     def __post_init__(self) -> None:
         if self.name not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.name!r}")
-        if self.workers < 1:
+        if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
 
-
-def default_workers(engine: str, device: str) -> int:
-    """One per GPU of this machine for the engine "local", if it was not told which; else one."""
-    import torch
-
-    return max(1, torch.cuda.device_count()) if engine == "local" and device in ("auto", "cuda") else 1
+    @property
+    def on_gpus(self) -> bool:
+        """May the workers be spread over GPUs?"""
+        return self.device in ("auto", "cuda")
 
 
 def prepare(
@@ -84,14 +90,16 @@ def prepare(
     Raises:
         ValueError: IN is empty or unreadable, OUT is something else or of another job; says what differs.
     """
-    before = known(out)
+    before = known(out) if not overwrite else None
+    if overwrite:
+        is_ours(out)
     if same_place(source, out):
         raise ValueError(f"IN and OUT are the same, or one is in the other: {source}, {out}")
     found = sources(source)
     cut = {"shard_rows": shard_rows, "shard_bytes": shard_bytes, "max_row_bytes": max_row_bytes, "fingerprint": how}
     inputs = {one.name: fingerprint(one, how) for one in found}
     manifest = Manifest({**settings, **cut}, inputs, [])
-    if before is not None and not overwrite:
+    if before is not None:
         if changes := before.changes(manifest):
             more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
             raise ValueError(
@@ -124,14 +132,14 @@ def score(
         ValueError: another run is at work in the folder.
         OSError: a file can't be read or written, in time; a shard is not there at the end.
         RuntimeError: workers die without anything being done.
+        SystemExit: SIGTERM came, see `in_order`.
     """
     out, shards = job.out, job.manifest.shards
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
-        before = known(out)
-        if before is not None and job.overwrite:
+    with in_order(), locked(out):
+        if job.overwrite and is_ours(out):
             clear(out)
-            before = None
+        before = known(out)
         if before is not None and before.digest != job.manifest.digest:
             raise ValueError(f"OUT: another job has begun in {out} meanwhile")
         if before is None:
@@ -162,7 +170,7 @@ def _check(job: Job) -> dict[str, Any]:
     """Counts of all shards, from their files."""
     total = Tally(job.manifest.rows)
     missing = []
-    until = time.monotonic() + 10  # another machine's rename may show a little later
+    until = time.monotonic() + SHOWS_WITHIN
     for shard in job.manifest.shards:
         about = finished(job.out, shard, job.manifest.digest)
         while about is None and time.monotonic() < until:
@@ -184,8 +192,9 @@ def _check(job: Job) -> dict[str, Any]:
 def _local(
     job: Job, engine: Engine, todo: Sequence[Shard], tally: Tally, advance: Callable[[float], None], load: Any
 ) -> Iterator[dict[str, Any]]:
-    if engine.workers > 1:
-        yield from _processes(job, engine, todo)
+    devices = _devices(engine)
+    if len(devices) > 1:
+        yield from _processes(job, devices, todo)
         return
 
     def heard(rows: float, results: Sequence[Any]) -> None:
@@ -199,18 +208,24 @@ def _local(
     return
 
 
-def _processes(job: Job, engine: Engine, todo: Sequence[Shard]) -> Iterator[dict[str, Any]]:
-    """Several workers of this machine. Where one dies all are started anew, and unfinished shards tried again."""
+DIE, DIE_SLOWLY = 5, 50
+"""How often in a row workers may die without anything to show for it; and without a part that is finished, where each
+death tells something of a row."""
+
+
+def _processes(job: Job, devices: Sequence[str], todo: Sequence[Shard]) -> Iterator[dict[str, Any]]:
+    """A worker on each of the devices. Where one dies all are started anew, and unfinished shards tried again."""
     context = multiprocessing.get_context("spawn")
     left = {shard.number: shard for shard in todo}
-    fruitless = 0
+    fruitless = slow = 0
     while left:
-        devices = context.Queue()
-        for device in _devices(engine):
-            devices.put(device)
-        groups = _groups(list(left.values()), engine.workers)
-        before = len(left)
-        with ProcessPoolExecutor(engine.workers, context, _start, (job, devices)) as pool:
+        queue = context.Queue()
+        for device in devices:
+            queue.put(device)
+        groups = _groups(list(left.values()), len(devices))
+        before, noted = len(left), deaths(job.out)
+        others = set(multiprocessing.active_children())
+        with ProcessPoolExecutor(len(devices), context, _start, (job, queue)) as pool:
             futures: list[Future[list[dict[str, Any]]]] = []
             try:
                 futures += (pool.submit(_score, group) for group in groups)
@@ -219,15 +234,18 @@ def _processes(job: Job, engine: Engine, todo: Sequence[Shard]) -> Iterator[dict
                         left.pop(about["shard"]["number"])
                         yield about
             except BrokenProcessPool:
-                fruitless = 0 if len(left) < before else fruitless + 1
-                if fruitless == 5:
+                slow = 0 if len(left) < before else slow + 1
+                fruitless = 0 if len(left) < before or deaths(job.out) > noted else fruitless + 1
+                if fruitless == DIE or slow == DIE_SLOWLY:
                     raise RuntimeError(
-                        "workers die, five times without finishing anything; is there too little memory?"
+                        f"workers die, {slow} times without finishing a part; is there too little memory?"
                     ) from None
                 _LOG.warning("a worker died; %d shards are tried again", len(left))
             except BaseException:
                 for future in futures:
                     future.cancel()
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()  # see `_stop`; else the end of the pool waits until they have done their shards
                 raise
 
 
@@ -241,13 +259,14 @@ def _devices(engine: Engine) -> list[str]:
     """One per worker."""
     import torch
 
-    count = torch.cuda.device_count()
-    if engine.device not in ("auto", "cuda") or not count:
-        return [engine.device] * engine.workers
-    return [f"cuda:{k % count}" for k in range(engine.workers)]
+    count = torch.cuda.device_count() if engine.on_gpus else 0
+    workers = engine.workers or max(1, count)
+    if workers == 1 or not count:
+        return [engine.device] * workers
+    return [f"cuda:{k % count}" for k in range(workers)]
 
 
-_WORKER: list[Worker] = []
+_WORKER: list[Worker | Exception] = []
 
 
 def _start(job: Job, devices: Any) -> None:
@@ -258,22 +277,41 @@ def _start(job: Job, devices: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; the end of the pool, where another worker died
         signal.signal(number, _stop)
     _hush()
-    _WORKER.append(Worker(job, devices.get(timeout=60)))
+    _WORKER.append(_worker(job, lambda: devices.get(timeout=60)))
+
+
+def _worker(job: Job, device: Callable[[], str]) -> Worker | Exception:
+    """Or why there is none: for a pool it would be one more process that died, and nobody would hear the reason."""
+    try:
+        return Worker(job, device())
+    except Exception as error:
+        return error
 
 
 def _stop(number: int, frame: Any) -> None:
-    for worker in _WORKER:
-        worker.abandon()
-    os._exit(128 + number)
+    _leave(128 + number)
 
 
 def _follow(sentinel: int) -> None:
     wait([sentinel])
-    os._exit(1)
+    _leave(1)
+
+
+def _leave(code: int) -> None:
+    """End this process, and blame no row."""
+    try:
+        for worker in _WORKER:
+            if isinstance(worker, Worker):
+                worker.abandon()
+    finally:
+        os._exit(code)
 
 
 def _score(shards: Sequence[Shard]) -> list[dict[str, Any]]:
-    return list(_or_die(_WORKER[0].run(shards)))
+    (worker,) = _WORKER
+    if isinstance(worker, Exception):
+        raise worker
+    return list(_or_die(worker.run(shards)))
 
 
 def _or_die(shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -297,48 +335,101 @@ def _hush() -> None:
 
 
 class _Actor:
-    """What Ray Data keeps a pool of: a worker, that takes blocks of shards."""
+    """What Ray Data keeps a pool of: a worker, that takes groups of shards."""
 
     def __init__(self, job: Job, device: str) -> None:
         _hush()
-        self.worker = Worker(job, device)
+        self.worker = _worker(job, lambda: device)
 
     def __call__(self, block: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
-        shards = [Shard(**json.loads(text)) for text in block["shard"]]
-        for about in _or_die(self.worker.run(shards)):
-            yield {"about": [json.dumps(about)]}
+        """What is said of each shard, or the error that ends the job: Ray would put words of its own in its place."""
+        try:
+            if isinstance(self.worker, Exception):
+                raise self.worker
+            for text in block["shards"]:
+                for about in _or_die(self.worker.run([Shard(**one) for one in json.loads(text)])):
+                    yield {"said": [json.dumps(about)]}
+        except Exception as error:
+            yield {"said": [json.dumps({"error": _packed(error)})]}
+
+
+def _packed(error: Exception) -> dict[str, Any]:
+    """An exception in JSON: as the nearest of Python's own that has these words, or a RuntimeError with its name."""
+    if isinstance(error, OSError) and error.errno is not None:
+        file = [] if error.filename is None else [str(error.filename)]
+        return {"kind": "OSError", "arguments": [error.errno, error.strerror, *file]}
+    for kind in type(error).__mro__:
+        if kind in (OSError, RuntimeError, TypeError, ValueError, ImportError, TimeoutError, FileNotFoundError):
+            return {"kind": kind.__name__, "arguments": [str(error)]}
+    return {"kind": "RuntimeError", "arguments": [f"{type(error).__name__}: {error}"]}
+
+
+def _unpacked(about: Mapping[str, Any]) -> Exception:
+    """What `_packed` was given."""
+    error: Exception = getattr(builtins, about["kind"])(*about["arguments"])
+    return error
 
 
 def _ray(
     job: Job, engine: Engine, todo: Sequence[Shard], tally: Tally, advance: Callable[[float], None], load: Any
 ) -> Iterator[dict[str, Any]]:
-    """A data set of shards, mapped by a pool of actors. Ray starts dead actors anew and tries their block again."""
+    """A data set of shards, mapped by a pool of actors. Ray starts dead actors anew and tries their group again."""
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise ImportError('--engine ray needs Ray: pip install "flowgraph-llm[ray]"') from error
     if not ray.is_initialized():
-        ray.init(address=engine.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        with _own_sigterm():
+            ray.init(address=engine.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    groups = _groups(list(todo), engine.workers)
-    items = [{"shard": json.dumps(shard.to_dict())} for group in groups for shard in group]
-    found = ray.data.from_items(items, override_num_blocks=len(groups)).map_batches(
-        _Actor,
-        fn_constructor_args=(
-            Job(**{**vars(job), "manifest": Manifest(job.manifest.settings, job.manifest.inputs, [])}),
-            engine.device,
-        ),
-        batch_size=None,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=engine.workers),
-        num_cpus=engine.cpus,
-        num_gpus=engine.gpus,
+    workers, gpus = _reserved(engine, ray.cluster_resources())
+    pardon(job.out)  # within a run the death of an actor is seen; what an ended run left is nobody's fault
+    # Actors have the working directory of their node, not that of this process.
+    there = replace(
+        job,
+        manifest=Manifest(job.manifest.settings, job.manifest.inputs, []),
+        sources={name: replace(one, path=os.path.abspath(one.path)) for name, one in job.sources.items()},
+        out=job.out.absolute(),
     )
+    groups = _groups(list(todo), workers)
+    items = [{"shards": json.dumps([shard.to_dict() for shard in group])} for group in groups]
+    found = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _Actor,
+        fn_constructor_args=(there, engine.device),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(groups))),
+        num_cpus=engine.cpus,
+        num_gpus=gpus,
+    )
+    for row in found.iter_rows():
+        said = json.loads(row["said"])
+        if "error" in said:
+            raise _unpacked(said["error"])
+        yield said
+
+
+def _reserved(engine: Engine, cluster: Mapping[str, float]) -> tuple[int, float]:
+    """Workers, and GPUs of each, on a cluster of so many "CPU" and "GPU". Warns where they do not fit."""
+    has = {name: cluster.get(name, 0) for name in ("CPU", "GPU")}
+    gpus = engine.gpus if engine.gpus is not None else float(engine.on_gpus and has["GPU"] > 0)
+    workers = engine.workers or max(1, int(has["GPU"] // gpus) if gpus else 1)
+    if workers * gpus > has["GPU"] or workers * engine.cpus > has["CPU"]:
+        _LOG.warning(
+            "%d workers ask for %g CPU and %g GPU each, the cluster has %g CPU and %g GPU; what does not fit waits",
+            *(workers, engine.cpus, gpus, has["CPU"], has["GPU"]),
+        )
+    return workers, gpus
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray has a handler of its own, which ends this process with another exit code."""
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        for row in found.iter_rows():
-            yield json.loads(row["about"])
-    except ray.exceptions.RayTaskError as error:
-        # As it was raised in the actor: a full disk, a file that has changed.
-        raise error.cause if isinstance(error.cause, Exception) else error from None
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

@@ -15,8 +15,10 @@ import contextlib
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,23 +87,42 @@ def sources(path: str | Path) -> list[Source]:
     """The source at a path, or those below a folder, in the order of their names.
 
     A folder with `state.json` is a data set of `datasets.save_to_disk`; one with `dataset_dict.json` holds several.
-    Hidden files, and names that begin with "_", are passed over; so are other kinds of files.
+    Hidden files, and names that begin with "_", are no input; of other kinds of files and of links to folders
+    `passed_over` tells.
 
     Raises:
         ValueError: there is nothing, or nothing that can be read.
     """
     root = Path(path)
     if root.is_file():
-        return [Source(str(root), root.name, "parquet" if root.suffix == ".parquet" else "jsonl")]
+        if root.suffix not in SUFFIXES:
+            came = f"ends in {root.suffix}" if root.suffix else "has no ending"
+            raise ValueError(f"IN: {root} {came}; files that can be read end in {', '.join(SUFFIXES)}")
+        return [_file(root, root.parent)]
     if not root.is_dir():
         raise ValueError(f"IN: there is no file {root}")
-    found = list(_below(root, root))
+    found = [one for one in _below(root, root) if isinstance(one, Source)]
     if not found:
-        raise ValueError(f"IN: {root} is a folder without {', '.join(SUFFIXES)} or a data set on disk")
+        others = passed_over(root)
+        raise ValueError(
+            f"IN: {root} is a folder without {', '.join(SUFFIXES)} or a data set on disk"
+            + (f"; it has {others}" if others else "")
+        )
     return found
 
 
-def _below(folder: Path, root: Path) -> Iterator[Source]:
+def passed_over(path: str | Path) -> str:
+    """What below a folder `sources` does not take, in words; "" where it takes all."""
+    root = Path(path)
+    others = [one for one in _below(root, root) if isinstance(one, Path)] if root.is_dir() else []
+    links = [one for one in others if one.is_symlink() and not one.is_file()]
+    endings = sorted({one.suffix or "no ending" for one in others if one not in links})
+    counts = [(len(others) - len(links), "file", f" ({', '.join(endings[:5])})"), (len(links), "link", "")]
+    return ", ".join(f"{count:,} {what}{'s' * (count > 1)}{more}" for count, what, more in counts if count)
+
+
+def _below(folder: Path, root: Path) -> Iterator[Source | Path]:
+    """Each source, and each path that is none."""
     name = folder.relative_to(root).as_posix()
     if (folder / "state.json").is_file():
         yield Source(str(folder), folder.name if name == "." else name, "dataset")
@@ -111,8 +132,12 @@ def _below(folder: Path, root: Path) -> Iterator[Source]:
             continue
         if one.is_dir() and not one.is_symlink():
             yield from _below(one, root)
-        elif one.is_file() and one.suffix in SUFFIXES:
-            yield Source(str(one), one.relative_to(root).as_posix(), "parquet" if one.suffix == ".parquet" else "jsonl")
+        else:
+            yield _file(one, root) if one.is_file() and one.suffix in SUFFIXES else one
+
+
+def _file(path: Path, root: Path) -> Source:
+    return Source(str(path), path.relative_to(root).as_posix(), "parquet" if path.suffix == ".parquet" else "jsonl")
 
 
 # ------------------------------------------------------------------------- has a file changed?
@@ -128,7 +153,7 @@ def fingerprint(source: Source, how: str = "quick") -> dict[str, Any]:
     size, changed, digest = 0, 0, hashlib.sha256()
     for path in source.files():
         state = path.stat()
-        size, changed = size + state.st_size, max(changed, state.st_mtime_ns)
+        size, changed = size + state.st_size, max(changed, _changed(state))
         digest.update(f"{path.name} {state.st_size}\n".encode() if source.kind == "dataset" else b"")
         with path.open("rb") as file:
             if how == "full":
@@ -141,6 +166,11 @@ def fingerprint(source: Source, how: str = "quick") -> dict[str, Any]:
     return {"size": size, "sha256": digest.hexdigest()} | ({} if how == "full" else {"changed": changed})
 
 
+def _changed(state: os.stat_result) -> int:
+    """When a file was changed last, in ns, to the microsecond: some file systems round it further on other machines."""
+    return state.st_mtime_ns // 1000 * 1000
+
+
 # ------------------------------------------------------------------------- plan
 
 
@@ -148,6 +178,8 @@ def plan(
     found: list[Source], *, rows: int = 1000, most_bytes: int = SHARD_BYTES, max_row_bytes: int = 1 << 24
 ) -> list[Shard]:
     """Cut sources into shards of at most `rows` rows and about `most_bytes` of input, but at least one row.
+
+    Where it can, a shard of Parquet ends with a row group: what stands before a shard in its group is decoded with it.
 
     Raises:
         ValueError: a file can't be read, or there is no row at all.
@@ -183,20 +215,24 @@ def _cut_lines(source: Source, rows: int, most_bytes: int, max_row_bytes: int) -
 
 
 def _cut_table(source: Source, rows: int, most_bytes: int, max_row_bytes: int) -> Iterator[_Cut]:
-    total, size = _extent(source)
+    ends, size = _extent(source)
+    total = ends[-1]
     step = max(1, min(rows, most_bytes * total // max(1, size)))
-    for start in range(0, total, step):
-        stop = min(total, start + step)
+    start = 0
+    while start < total:
+        last = bisect_right(ends, start + step) - 1  # of the groups that end within a step
+        stop = ends[last] if last >= 0 and ends[last] > start else min(total, start + step)
         yield start + 1, stop - start, start, stop
+        start = stop
 
 
-def _extent(source: Source) -> tuple[int, int]:
-    """(rows, bytes in memory) of a table, without reading it."""
+def _extent(source: Source) -> tuple[list[int], int]:
+    """(rows up to the end of each row group, bytes in memory) of a table, without reading it."""
     if source.kind == "dataset":
-        return len(_dataset(source)), sum(one.stat().st_size for one in source.files())
+        return [len(_dataset(source))], sum(one.stat().st_size for one in source.files())
     with _parquet(source) as file:
-        about = file.metadata
-        return about.num_rows, sum(about.row_group(k).total_byte_size for k in range(about.num_row_groups))
+        groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+        return list(accumulate((one.num_rows for one in groups), initial=0)), sum(one.total_byte_size for one in groups)
 
 
 # ------------------------------------------------------------------------- rows
@@ -289,6 +325,8 @@ def _batches(source: Source, shard: Shard, fields: Collection[str]) -> Iterator[
                 if low < high:
                     yield batch.slice(low - begin, high - low)
                 begin = end
+                if begin >= shard.stop:
+                    break  # else the rest of the group is decoded for nothing
 
 
 _STEP = 64
@@ -303,7 +341,7 @@ def _nameless(file: Any, count: int) -> Iterator[Any]:
 
 def _parquet(source: Source) -> Any:
     with _damage_named(source):
-        return pq.ParquetFile(source.path)
+        return pq.ParquetFile(source.path, buffer_size=1 << 20)  # not a whole column of a row group at once
 
 
 @contextlib.contextmanager
@@ -338,7 +376,7 @@ def unchanged(source: Source, known: Mapping[str, Any]) -> None:
         OSError: it has not.
     """
     states = [path.stat() for path in source.files()]
-    size, changed = sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)
+    size, changed = sum(state.st_size for state in states), max(map(_changed, states))
     if size != known["size"] or changed != known.get("changed", changed):
         raise OSError(f"{source.path} has changed while it was scored")
 

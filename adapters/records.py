@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,9 @@ their order, their ids, credits (`weights`), `throughput` and `reach`; the `answ
 
 After these, `flowgraph score --measures` puts the numbers of flowgraph/measures.py, one float64 column for each name of
 its MEASURES; null stands for NaN: what this trace has not got."""
+
+CERTIFICATE = ("dropped", "lost", "unabsorbed", "unlisted", "reach_bound", "flow_bound", "top_overlap")
+"""Columns of a folder of scores that say how exact a row is; scoring.certificate fills them in."""
 
 _GROUP_ROWS, _GROUP_TOKENS = 1024, 1 << 20  # a row group is written when it holds so many
 
@@ -148,11 +152,12 @@ def records_of(line: int, row: Mapping[str, Any]) -> list[Record]:
         {"prompt": messages, "responses": [text, ..]}    verl: each response is a record of its own
         {"input": text, "output": text}                  verl's dumps: taken as it is, without a chat template
 
-    and in each an `id`, if you like.
+    and in each an `id`, if you like. A field that is null is not there: tables fill it in where other rows have one.
 
     Raises:
         ValueError: what is wrong with the row.
     """
+    row = {key: value for key, value in row.items() if value is not None}
     name = _name(row.get("id"))
     if "prompt_ids" in row or "response_ids" in row:
         written = "completion_ids" if "response_ids" not in row and "completion_ids" in row else "response_ids"
@@ -386,28 +391,45 @@ def with_labels(table: pa.Table, path: str | Path, fields: Sequence[str], on: st
     """A table of scores with fields of JSON lines as further columns.
 
     Args:
-        table: with the columns `line` and `id`. path: the file that was scored, or another that knows its ids.
+        table: with the columns `line` and `id`. path: the file that was scored, or another that knows its ids; or the
+            folder, whose files the column `file` names.
         fields: of the objects on its lines; true or false, numbers or text. Null where a line has it not.
         on: what rows and lines have in common: "line" (the number of the line) or "id".
 
     Raises:
         ValueError: a row's line or id is not in the file, an id stands there twice, or is not that of the row on
-            that line; a field has several types of values, or none at all.
+            that line; the scores are of several files, and `path` is one; a field has several types of values, or none
+            at all.
     """
     if on not in ("line", "id"):
         raise ValueError(f'on must be "line" or "id", got {on!r}')
     if on not in table.column_names:
         raise ValueError(f"the scores have no column {on!r}")
     keys = table[on].to_pylist()
-    found = _fields_of_lines(path, set(fields), set(keys), on)
-    names = table["id"].to_pylist() if "id" in table.column_names else [None] * len(keys)
+    files: list[str | None] = [None] * len(keys)
+    if "file" in table.column_names and Path(path).is_dir():
+        files = table["file"].to_pylist()
+    elif Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, and the scores have no column 'file'; give the file that was scored")
+    elif on == "line" and "file" in table.column_names and len(names := table["file"].unique()) > 1:
+        raise ValueError(
+            f"the scores are of {len(names)} files, {names[0]}, {names[1]}, ..., whose lines have the same numbers; "
+            f"give the folder that was scored instead of {path}, or join by id"
+        )
+    wanted: dict[str | None, set[Any]] = defaultdict(set)
+    for file, key in zip(files, keys, strict=True):
+        wanted[file].add(key)
+    places = {file: _in_folder(path, file) for file in wanted}
+    found = {file: _fields_of_lines(places[file], set(fields), some, on) for file, some in wanted.items()}
+    ids = table["id"].to_pylist() if "id" in table.column_names else [None] * len(keys)
     rows = []
-    for key, name in zip(keys, names, strict=True):
-        if key not in found:
-            raise ValueError(f"{path} has no {on} {key}, which the scores have: was it another file that was scored?")
-        row_name, row = found[key]
+    for file, key, name in zip(files, keys, ids, strict=True):
+        place = places[file]
+        if key not in found[file]:
+            raise ValueError(f"{place} has no {on} {key}, which the scores have: was it another file that was scored?")
+        row_name, row = found[file][key]
         if name != row_name and name is not None:
-            raise ValueError(f"{path} has id {row_name!r} on line {key}, the scores have {name!r}: it is another file")
+            raise ValueError(f"{place} has id {row_name!r} on line {key}, the scores have {name!r}: it is another file")
         rows.append(row)
     for field in fields:
         values = [row.get(field) for row in rows]
@@ -421,6 +443,15 @@ def with_labels(table: pa.Table, path: str | Path, fields: Sequence[str], on: st
             table = table.drop_columns([field])
         table = table.append_column(field, pa.array(values))
     return table
+
+
+def _in_folder(path: str | Path, file: str | None) -> Path:
+    """A file that scores name, below the folder that was scored."""
+    if file is None:
+        return Path(path)
+    if not (Path(path) / file).is_file():
+        raise ValueError(f"{path} has no file {file}, which the scores are of: was it another folder that was scored?")
+    return Path(path) / file
 
 
 def _fields_of_lines(

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +34,7 @@ from flowgraph.adapters.inputs import Shard, Source, read, unchanged
 from flowgraph.adapters.records import Record, ScoreFile, records_of
 from flowgraph.adapters.shards import Attempt, Later, Manifest, finished, schema, write_shard
 from flowgraph.certificate import certify
+from flowgraph.interface import window_of
 from flowgraph.measures import MEASURES, measures, rows
 from flowgraph.rl.scorer import chunks
 from flowgraph.spans import encode_messages, encode_text, question_of_messages
@@ -165,20 +168,20 @@ def encode(tracer: Tracer, record: Record, chat: bool) -> Encoded:
         _check_length(tracer, len(found.token_ids))
         return Encoded(record, found.token_ids, found.prompt_mask, found.response_mask)
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    first = None if response is None else len(messages)
     if response is not None:
         messages.append({"role": "assistant", "content": response})
-    found = encode_messages(tracer.tokenizer, messages)
+    found = encode_messages(tracer.tokenizer, messages, first)
     _check_length(tracer, len(found.token_ids))
-    question = question_of_messages(tracer.tokenizer, messages, found) if by_user else None
+    question = question_of_messages(tracer.tokenizer, messages, found, first) if by_user else None
     return Encoded(record, found.token_ids, found.prompt_mask, found.response_mask, question)
 
 
 def _check_length(tracer: Tracer, tokens: int) -> None:
     """As the tracer checks it, but before a row gets into a batch, whose others it would cost a second pass."""
-    most, config = tracer.options.max_tokens, tracer.model.config
+    most = tracer.options.max_tokens
     if most is None:
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[operator]
-        most = getattr(config, "max_position_embeddings", None)
+        most = window_of(tracer.model)
         why = "that the model can see; --max-tokens sets another limit"
     else:
         why = "of --max-tokens"
@@ -187,7 +190,7 @@ def _check_length(tracer: Tracer, tokens: int) -> None:
 
 
 def certificate(trace: Trace, estimates: bool) -> dict[str, float | None]:
-    """How exact a row is, by the names of shards.CERTIFICATE.
+    """How exact a row is, by the names of records.CERTIFICATE.
 
     `dropped`: attention per token that is in no edge of the graph; `lost`: what of it went nowhere, neither through
     pools nor into an exact flow. `unabsorbed`: flow that was sent and did not arrive. `unlisted`: flow on edges that
@@ -247,7 +250,8 @@ class Worker:
 
     def __init__(self, job: Job, device: str | None = None, model: tuple[Tracer, bool] | None = None) -> None:
         self.job = job
-        self.tracer, self.chat = job.model(device) if model is None else model
+        with deterministic(job.reproducible):  # some of it has to be said before the model runs for the first time
+            self.tracer, self.chat = job.model(device) if model is None else model
         self.batch_tokens = job.limits.batch_tokens
         self._attempts: dict[int, Attempt] = {}
         self._schema = schema(MEASURES if job.measures else (), job.graphs)
@@ -281,8 +285,8 @@ class Worker:
 
     def abandon(self) -> None:
         """Stop in order: an exception, or the wish of somebody else, is not the fault of the row in work."""
-        for attempt in self._attempts.values():
-            attempt.over()
+        for attempt in list(self._attempts.values()):
+            attempt.leave()
         self._attempts.clear()
 
     def results(
@@ -497,13 +501,38 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("not enough memory", "can't allocate memory", "out of memory")
+        text in str(error)
+        for text in ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     )
 
 
 def device_is_lost(error: BaseException) -> bool:
-    """After an error on a GPU every later call of the process fails, too."""
-    return isinstance(error, RuntimeError) and any(f"{name} error" in str(error) for name in ("CUDA", "HIP"))
+    """After an error on a GPU every later call of the process fails, too; but not after one of memory."""
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+        return False
+    return any(f"{name} error" in str(error) for name in ("CUDA", "HIP"))
+
+
+@contextlib.contextmanager
+def in_order() -> Iterator[None]:
+    """SIGTERM, which schedulers send before they kill, ends the block by `SystemExit(143)`: half files are removed, and
+    no row is taken for the cause. In other threads than the main one, or where SIGTERM has a handler, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not stop the stopping; SIGKILL still ends it
+    raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ Left out: where rows come from (inputs.py) and how they are scored (scoring.py).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -33,14 +34,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowgraph.adapters.inputs import Shard
-from flowgraph.adapters.records import COLUMNS
+from flowgraph.adapters.records import CERTIFICATE, COLUMNS
 from flowgraph.graph import FORMAT, TokenGraph
 
 SCHEMA = "flowgraph-scores/2"
 """Name and version of the folder's layout and columns; see docs/scale.md."""
-
-CERTIFICATE = ("dropped", "lost", "unabsorbed", "unlisted", "reach_bound", "flow_bound", "top_overlap")
-"""Columns that say how exact a row is; scoring.certificate fills them in."""
 
 MANIFEST, FAILED, GRAPHS, DOING, LOCK = "_manifest.json", "_failed", "_graphs", "_doing", "_lock"
 
@@ -80,13 +78,24 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Out of the caches of the machine, so that no power cut can take it back."""
-    flags = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) * path.is_dir()
-    file = os.open(path, flags)
+    """Out of the caches of the machine, so that no power cut can take it back; a folder where the system can do so."""
+    if not path.is_dir():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+        return
     try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+_NO_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+"""What Windows, SMB and FUSE answer where they can't sync a folder."""
 
 
 class Later:
@@ -207,18 +216,27 @@ def known(out: Path) -> Manifest | None:
     """The manifest of a folder of scores; None where there is no folder, or an empty one.
 
     Raises:
+        ValueError: it is a folder of something else, or its manifest can't be read.
+    """
+    return Manifest.read(out) if is_ours(out) else None
+
+
+def is_ours(out: Path) -> bool:
+    """Is it a folder of scores, whatever its manifest says? No: there is no folder, or an empty one.
+
+    Raises:
         ValueError: it is a folder of something else.
     """
     if not out.exists():
-        return None
+        return False
     if not out.is_dir():
         raise ValueError(f"OUT: {out} is a file; the name of one must end in .parquet, and several files need a folder")
     if (out / MANIFEST).is_file():
-        return Manifest.read(out)
+        return True
     other = sorted(one.name for one in out.iterdir() if not (one.name == LOCK or one.name.startswith(f".{MANIFEST}.")))
     if other:
         raise ValueError(f"OUT: {out} is a folder of something else, it holds {', '.join(other[:3])}; give a new name")
-    return None
+    return False
 
 
 def clear(out: Path) -> None:
@@ -320,6 +338,22 @@ def read_failed(out: str | Path) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------- rows that end their process
 
 
+def _note(path: Path, row: str | None, counts: Mapping[str, int]) -> None:
+    hidden = path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
+    hidden.write_text(json.dumps({"row": row, "deaths": counts}), encoding="utf-8")
+    os.replace(hidden, path)
+
+
+def _noted(path: Path) -> tuple[str | None, dict[str, int]]:
+    """The row in work, and deaths by row; nothing where there is no note, or where it was cut off."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        row = about.get("row")
+        return None if row is None else str(row), {str(k): int(count) for k, count in about.get("deaths", {}).items()}
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+        return None, {}
+
+
 class Attempt:
     """A note in the folder about a shard that is worked on: which rows were in work when a process died.
 
@@ -331,23 +365,16 @@ class Attempt:
 
     def __init__(self, out: Path, shard: Shard) -> None:
         self._path = out / DOING / f"part-{shard.number:06}.json"
-        self.deaths: dict[str, int] = {}
         self.again = self._path.is_file()
-        try:
-            before = json.loads(self._path.read_text(encoding="utf-8")) if self.again else {}
-            self.deaths = {str(row): int(count) for row, count in before.get("deaths", {}).items()}
-            if (row := before.get("row")) is not None:
-                self.deaths[str(row)] = self.deaths.get(str(row), 0) + 1
-        except (ValueError, AttributeError):  # killed in the middle of its writing
-            pass
+        row, self.deaths = _noted(self._path)
+        if row is not None:
+            self.deaths[row] = self.deaths.get(row, 0) + 1
         self._path.parent.mkdir(exist_ok=True)
         self.at(None)
 
     def at(self, row: str | None) -> None:
         """From now on, this row is in work."""
-        hidden = self._path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
-        hidden.write_text(json.dumps({"row": row, "deaths": self.deaths}), encoding="utf-8")
-        os.replace(hidden, self._path)
+        _note(self._path, row, self.deaths)
 
     def killed(self, row: str) -> bool:
         """Has it ended so many processes that it is to be left alone?"""
@@ -356,19 +383,58 @@ class Attempt:
     def over(self) -> None:
         self._path.unlink(missing_ok=True)
 
+    def leave(self) -> None:
+        """Nothing is in work any more, and no row is to blame for that. Deaths that were counted stay."""
+        if self.deaths:
+            self.at(None)
+        else:
+            self.over()
+
+
+def deaths(out: Path) -> int:
+    """How much the notes of a folder know: parts in whose work a process died, and deaths of their rows."""
+    return sum(1 + (row is not None) + sum(counts.values()) for _, row, counts in _notes(out))
+
+
+def pardon(out: Path) -> None:
+    """Take back that rows were in work when a run ended; deaths that were counted stay."""
+    for path, row, counts in _notes(out):
+        if row is not None:
+            _note(path, None, counts)
+
+
+def _notes(out: Path) -> Iterator[tuple[Path, str | None, dict[str, int]]]:
+    for path in sorted((out / DOING).glob("part-*.json")):
+        yield path, *_noted(path)
+
 
 # ------------------------------------------------------------------------- graphs
 
 
 def _save_graphs(path: Path, graphs: Sequence[TokenGraph]) -> None:
+    taken: set[int] = set()
     tensors = {
-        f"{number}/{name}": value.detach().cpu().contiguous().clone()
+        f"{number}/{name}": _alone(value, taken)
         for number, graph in enumerate(graphs)
         for name, value in graph.to_dict().items()
         if isinstance(value, Tensor)
     }
     about = [{"model": graph.model, "layers": graph.layers, "rule": graph.rule} for graph in graphs]
     save_file(tensors, str(path), metadata={"flowgraph": json.dumps({"format": FORMAT, "graphs": about})})
+
+
+def _alone(value: Tensor, taken: set[int]) -> Tensor:
+    """On the CPU, with memory that no other tensor has, as safetensors wants it; a copy only where it is not so yet.
+
+    Args:
+        taken: addresses of the memory that tensors before it have.
+    """
+    value = value.detach().cpu().contiguous()
+    memory = value.untyped_storage()
+    if memory.nbytes() != value.nbytes or memory.data_ptr() in taken:
+        value = value.clone()
+    taken.add(value.untyped_storage().data_ptr())
+    return value
 
 
 def graph_of(out: str | Path, name: str) -> TokenGraph:

@@ -32,6 +32,8 @@ from tests.jobs import NAN, assert_whole, contents, job_of, responses, score, wr
 
 _OF_RAY = ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")
 WAYS = ("local", "ray worker", "ray driver")
+MINUTES = 10
+"""For what takes seconds on a quiet machine."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.jobs"])  # what takes seconds is imported once for all processes
 
@@ -43,23 +45,42 @@ def rows_of(count: int) -> list[Any]:
     return rows
 
 
-def run(source: Path, out: Path, address: str | None = None, settings: dict[str, str] | None = None) -> None:
+def run(source: Path, out: Path, settings: dict[str, str], engine: dict[str, Any], how: dict[str, Any]) -> None:
     """The whole job, as a process of its own."""
-    os.environ.update(settings or {})
-    score(job_of(source, out, shard_rows=4, reproducible=True), **engine_of(address))
+    os.environ.update(settings)
+    score(job_of(source, out, **how), **engine)
 
 
 def engine_of(address: str | None) -> dict[str, Any]:
     return {} if address is None else {"name": "ray", "address": address, "workers": 2, "cpus": 0.5}
 
 
-def process(source: Path, out: Path, address: str | None = None) -> Any:
-    """`run` in a process that has been started."""
+def process(source: Path, out: Path, address: str | None = None, workers: int | None = None, **how: Any) -> Any:
+    """`run` in a process that has been started; on Ray, where there is an address.
+
+    Args:
+        how: more for `job_of`.
+    """
     # The server that forks is older than the cluster, so what a child would inherit of it is handed on.
     settings = {name: os.environ[name] for name in _OF_RAY if name in os.environ}
-    one = _CONTEXT.Process(target=run, args=(source, out, address, settings))
+    engine = engine_of(address) | ({} if workers is None else {"workers": workers})
+    how = {"shard_rows": 4, "reproducible": True} | how
+    one = _CONTEXT.Process(target=run, args=(source, out, settings, engine, how))
     one.start()
     return one
+
+
+def end_of(one: Any) -> int:
+    """The exit code of a process, which has minutes to end.
+
+    Raises:
+        TimeoutError: it has not ended; it is killed.
+    """
+    one.join(MINUTES * 60)
+    if one.is_alive():
+        one.kill()
+        raise TimeoutError(f"{one.name} has not ended after {MINUTES} minutes")
+    return one.exitcode
 
 
 def parts(out: Path) -> dict[str, tuple[int, int]]:
@@ -79,31 +100,35 @@ def kill_once(way: str, source: Path, out: Path, delay: float, address: str | No
     driver = process(source, out, address if way.startswith("ray") else None)
     began = time.monotonic()
     # A job on Ray takes seconds until anything happens: its delay counts from its first worker on.
-    while way != "local" and not notes.exists() and driver.is_alive() and time.monotonic() - began < 300:
+    while way != "local" and not _lines(notes):
+        assert driver.is_alive(), f"the driver ended with {driver.exitcode} before it had a worker"
+        assert time.monotonic() - began < 60 * MINUTES, f"no worker after {MINUTES} minutes"
         time.sleep(0.02)
     time.sleep(delay)
     alive = driver.is_alive()
     before = {}
     if way == "ray worker":
-        victims = [int(line) for line in notes.read_text().split()]
-        for victim in victims[:1]:
-            try:
-                os.kill(victim, signal.SIGKILL)
-            except ProcessLookupError:
-                alive = False
-        driver.join()
-        assert driver.exitcode == 0, f"the driver ended with {driver.exitcode}"
+        try:
+            os.kill(int(_lines(notes)[0]), signal.SIGKILL)
+        except ProcessLookupError:
+            alive = False
+        code = end_of(driver)
+        assert code == 0, f"the driver ended with {code}"
     else:
         driver.kill()
-        driver.join()
+        end_of(driver)
         before = parts(out)
-        again = process(source, out, address if way.startswith("ray") else None)
-        again.join()
-        assert again.exitcode == 0, f"the second run ended with {again.exitcode}"
+        code = end_of(process(source, out, address if way.startswith("ray") else None))
+        assert code == 0, f"the second run ended with {code}"
     after = parts(out)
     assert {name: after[name] for name in before} == before, "finished parts were written again"
     finished = None if way == "ray worker" else len(before)  # there the same run goes on
     return {"way": way, "delay": round(delay, 3), "running": alive, "finished_before": finished}
+
+
+def _lines(path: Path) -> list[str]:
+    """Those that are written to their end."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 def check(source: Path, out: Path, expected: dict[str, bytes]) -> int:
@@ -116,14 +141,15 @@ def check(source: Path, out: Path, expected: dict[str, bytes]) -> int:
 
 
 @contextmanager
-def cluster() -> Iterator[str]:
-    """A Ray of this machine, by its address."""
+def cluster(gpus: int = 0) -> Iterator[str]:
+    """A Ray of this machine, by its address. It takes the number of GPUs for granted."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
     started: Any = ray.init(
         address="local",
         num_cpus=2,
+        num_gpus=gpus,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -146,12 +172,11 @@ def main() -> None:
     chance = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as name:
         source = write_rows(Path(name) / "in" / "in.jsonl", rows_of(given.rows))
-        process(source, source.parent / "warm").join()
+        end_of(process(source, source.parent / "warm"))
         began = time.perf_counter()
-        alone = process(source, source.parent / "alone")
-        alone.join()
+        code = end_of(process(source, source.parent / "alone"))
         seconds = time.perf_counter() - began
-        assert alone.exitcode == 0
+        assert code == 0
         expected = contents(source.parent / "alone")
         points: list[dict[str, Any]] = []
 

@@ -1,7 +1,8 @@
 """The command line: flowgraph trace, report, score, compare, stability, faithful, plan, doctor and demo.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 all fine; 1 it could not be done, and one line
-says why; 2 wrong usage; 3 `score`, `stability` or `faithful` finished, but set some lines aside; 130 stopped by Ctrl-C.
+says why; 2 wrong usage; 3 `score`, `stability` or `faithful` finished, but set some lines aside; 130 stopped by Ctrl-C;
+143 `score` was stopped by SIGTERM.
 
 Here are the commands, what they read and write, and what becomes of errors. Their options are in cli_options.py, what
 they show in terminal.py. Torch and transformers take seconds to import, so everything heavy is imported inside
@@ -39,7 +40,8 @@ app = typer.Typer(
     help="Which tokens of a reasoning trace carried the question to the answer?\n\n"
     "Start with [bold]flowgraph doctor[/] (is all in place?) and [bold]flowgraph demo[/] (real traces of a small "
     "model, as a page).",
-    epilog="Exit codes: 0 all fine, 1 it could not be done, 2 wrong usage, 3 some lines were set aside, 130 Ctrl-C.",
+    epilog="Exit codes: 0 all fine, 1 it could not be done, 2 wrong usage, 3 some lines were set aside, 130 Ctrl-C, "
+    "143 SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,12 +58,12 @@ def main() -> None:
     try:
         app()
     except SystemExit as stopped:
-        if stopped.code == 130:
-            # After Ctrl-C the end of the interpreter aborts now and then in the C++ of a library, and then the exit
-            # code would be another. Every file is closed or removed by now.
+        if stopped.code in (130, 143):
+            # After Ctrl-C or SIGTERM the end of the interpreter aborts now and then in the C++ of a library, and then
+            # the exit code would be another. Every file is closed or removed by now.
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(130)
+            os._exit(int(stopped.code))
         raise
 
 
@@ -89,6 +91,10 @@ def _command(function: Function) -> Function:
         except KeyboardInterrupt:
             terminal.say("stopped", style="yellow")
             raise typer.Exit(130) from None
+        except SystemExit as ended:
+            if ended.code == 143:
+                terminal.say("stopped by SIGTERM", style="yellow")
+            raise
         except Exception as error:
             if kwargs["traceback"]:
                 raise
@@ -155,6 +161,7 @@ def trace_command(
     Without colours (NO_COLOR, a pipe) a table of the top tokens stands for
     the heat map.
     """
+    _check_apart({"--html": html, "--json": json_file}, jsonl, prompt_file, response_file)
     record = _given(context.params)
     with terminal.hushed(verbose):
         # The page, like that of report, has what is lost without a part, worked out on the whole attention.
@@ -234,6 +241,13 @@ def _texts(tracer: Tracer, record: Any, chat: bool) -> tuple[Any, Any]:
     return record.prompt, record.response
 
 
+def _check_apart(written: Mapping[str, Path | None], *read: Path | None) -> None:
+    """What a command writes, by the names of its options, may be none of the files that it reads."""
+    for name, path in written.items():
+        if path is not None and path.exists() and any(one and one.exists() and path.samefile(one) for one in read):
+            raise ValueError(f"{name} {path} is one of the files to read; give another name")
+
+
 def _write_json(values: Any, path: Path) -> None:
     text = json.dumps(values, allow_nan=False)
     if str(path) == "-":
@@ -250,7 +264,7 @@ def _write_json(values: Any, path: Path) -> None:
 @_command
 def report_command(
     context: typer.Context,  # holds all of these by name; options.load and _records pick out what they need
-    files: Annotated[list[Path], typer.Argument(metavar="[IN.jsonl] OUT.html", help="Traces; the page.")],
+    files: Annotated[list[Path], typer.Argument(metavar="[IN.jsonl] OUT.html", help="Traces; the page, .html.")],
     model: options.Model,
     lines: options.Lines = None,
     prompt: options.Prompt = None,
@@ -300,8 +314,11 @@ def report_command(
     if len(files) > 2:
         raise typer.BadParameter(f"give [IN.jsonl] OUT.html, not {len(files)} files")
     *source, out = files
-    if out.is_dir() or (source and out.exists() and out.samefile(source[0])):
-        raise ValueError(f"OUT: {out} is {'a folder' if out.is_dir() else 'IN as well'}; give the name of another file")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter(f"OUT: the page comes last and ends in .html, got {out}")
+    if out.is_dir():
+        raise ValueError(f"OUT: {out} is a folder; give the name of a file")
+    _check_apart({"OUT": out}, *source, prompt_file, response_file)
     records = list(_records(source[0] if source else None, context.params, most=None if lines else _ON_A_PAGE))
     with terminal.hushed(verbose):
         from flowgraph import page, report
@@ -380,12 +397,17 @@ def _chosen(source: Path, ranges: Sequence[range] | None) -> Iterator[tuple[int,
 # ------------------------------------------------------------------------- score
 
 SCALE = "Many rollouts"
-_WORKERS = "Processes or actors, each with a model. Default: one per GPU of this machine."
-_SHARD_ROWS = "Rows of one part of OUT, which is a folder then. Default: 1000."
+_WORKERS = "Processes or actors, each with a model. Default: one per GPU of this machine, or of the cluster."
+_GPUS = "Of each Ray actor. Default: 1 where the cluster has any."
+_SHARD_ROWS = "Rows of one part of OUT, which is a folder then. Default: 1000; 32 with --graphs."
 _ROW_BYTES = "Set larger rows aside before they are parsed."
 _REPRODUCIBLE = "One row at a time in one thread: the same files to the byte on one kind of device."
 _FINGERPRINT = "Of IN: quick (size, time, both ends) or full (a hash of all of it, which copies share)."
 _IO_TIMEOUT = "Stop if reading or writing a part takes so long."
+_FORMATS = (
+    ".arrow", ".csv", ".feather", ".gz", ".html", ".json", ".jsonl", ".ndjson", ".parq", ".pq", ".tsv", ".txt", ".zst",
+)  # fmt: skip
+"""Ends of names that nobody gives to a folder."""
 
 
 @app.command("score")
@@ -423,7 +445,7 @@ def score_command(
     engine: Annotated[str, options.choice(SCALE, "--engine", ("local", "ray"), "local, or ray: Ray Data.")] = "local",
     workers: Annotated[int | None, option(SCALE, "--workers", _WORKERS, "N", min=1)] = None,
     address: Annotated[str | None, option(SCALE, "--address", "Of the Ray cluster: auto, or a host.", "HOST")] = None,
-    gpus: Annotated[float, option(SCALE, "--gpus-per-worker", "Of each Ray actor.", "N", min=0)] = 0,
+    gpus: Annotated[float | None, option(SCALE, "--gpus-per-worker", _GPUS, "N", min=0)] = None,
     shard_rows: Annotated[int | None, option(SCALE, "--shard-rows", _SHARD_ROWS, "N", min=1)] = None,
     batch_tokens: Annotated[int, option(SCALE, "--batch-tokens", "Of one forward pass, with pads.", "N", min=1)] = 4096,
     max_row_bytes: Annotated[int, option(SCALE, "--max-row-bytes", _ROW_BYTES, "N", min=1)] = 1 << 24,
@@ -458,7 +480,7 @@ def score_command(
       prompt_tokens, response_tokens
       response_token_ids   and, for each of these tokens, three lists:
       weights              the credit: what to multiply the token's loss with
-      throughput           the flow through it, in plus out; the whole flow is 1
+      throughput           flow in plus out: 2 at a token that all flow passes
       reach                its influence on the answer
       answer               the text that was found, or null
       flags                list, empty where all is fine
@@ -474,18 +496,26 @@ def score_command(
       question_share, prompt_share, response_share, sink_share,
       digit_share, operator_share, delimiter_share, word_share,
       digit_lift, operator_lift, delimiter_lift, word_lift, unlisted_share
-    and in a folder these, which make the join exact and say how exact a row is:
-      file, choice (which response of its row), dropped, unabsorbed, unlisted
+    and in a folder these, which make the join exact and say how exact a row is
+    (docs/scale.md says what each one is):
+      file, choice, dropped, lost, unabsorbed, unlisted, reach_bound,
+      flow_bound, top_overlap
 
     Rows that can't be used go to OUT.errors.jsonl, or to OUT/_failed/, with
     the reason, and the exit code is 3. OUT.parquet appears when it is complete;
     a folder keeps every part that was finished, and the same command goes on.
     """
+    from flowgraph.adapters.inputs import passed_over
     from flowgraph.adapters.records import errors_path
 
+    if out.suffix.lower() in _FORMATS and not out.exists():
+        raise typer.BadParameter(f"OUT: {out} would be a folder; the name of one file must end in .parquet")
     is_folder = shard_rows is not None or out.suffix != ".parquet"
     if not is_folder and (engine != "local" or (workers or 1) > 1 or with_graphs):
         raise typer.BadParameter("--engine ray, --workers and --graphs need a folder as OUT: a name without .parquet")
+    others = passed_over(source)
+    if others and not quiet:
+        terminal.say(f"passed over in {source}: {others}", style="yellow")
     with terminal.hushed(verbose):
         tally = (_score_to_folder if is_folder else _score_to_file)(source, out, context.params)
     if not quiet:
@@ -496,6 +526,8 @@ def score_command(
         if tally.failed:
             total, where = tally.written + tally.failed, out / "_failed" if is_folder else errors_path(out)
             terminal.tell(f"set aside: {tally.failed:,} of {total:,} lines, see {where}", style="yellow")
+        if others:
+            terminal.tell(f"passed over: {others}", style="yellow")
     if tally.failed:
         raise typer.Exit(3)
 
@@ -510,12 +542,14 @@ def _score_to_file(source: Path, out: Path, given: Mapping[str, Any]) -> Any:
     (one,) = inputs.sources(source)
     known = {one.name: inputs.fingerprint(one)}
     plan = shards.Manifest({}, known, inputs.plan([one], max_row_bytes=given["max_row_bytes"]))
-    tracer, chat = options.load(given)
+    with scoring.deterministic(given["reproducible"]):
+        tracer, chat = options.load(given)
     worker = scoring.Worker(_job(given, [one], plan), model=(tracer, chat))
     settings = tracer.options.to_dict() | {"chat": chat}
     metadata = {"version": __version__, "model": given["model"], "options": json.dumps(settings)}
     tally = scoring.Tally(plan.rows)
     with (
+        scoring.in_order(),
         ScoreFile(out, metadata, MEASURES if given["with_measures"] else ()) as file,
         terminal.progress(plan.rows, tally, given["quiet"]) as advance,
     ):
@@ -532,11 +566,8 @@ def _score_to_folder(source: Path, out: Path, given: Mapping[str, Any]) -> Any:
     """All rows into a folder of shards, by an engine; those that are there already stay."""
     from flowgraph.adapters import engines, inputs, scoring
 
-    names = ("engine", "address", "gpus", "device")
-    how = {"name" if name == "engine" else name: given[name] for name in names}
-    engine = engines.Engine(
-        **how, workers=given["workers"] or engines.default_workers(given["engine"], given["device"])
-    )
+    names = ("engine", "workers", "address", "gpus", "device")
+    engine = engines.Engine(**{"name" if name == "engine" else name: given[name] for name in names})
     settings = {
         "version": __version__,
         "model": given["model"],
@@ -548,7 +579,8 @@ def _score_to_folder(source: Path, out: Path, given: Mapping[str, Any]) -> Any:
         out,
         settings,
         how=given["fingerprint"],
-        shard_rows=given["shard_rows"] or 1000,
+        # Graphs of a part are in memory until it is written, some ten megabytes for each thousand tokens.
+        shard_rows=given["shard_rows"] or (32 if given["with_graphs"] else 1000),
         max_row_bytes=given["max_row_bytes"],
         overwrite=given["overwrite"],
     )
@@ -570,7 +602,8 @@ def _job(given: Mapping[str, Any], found: Sequence[Any], manifest: Any, out: Pat
         {one.name: one for one in found},
         manifest,
         out or Path(),
-        scoring.Model(options.load, dict(given)),
+        # Workers on other machines have other working directories.
+        scoring.Model(options.load, {**given, "model": options.place_of(given["model"])}),
         scoring.Limits(**limits),
         measures=given["with_measures"],
         graphs=given["with_graphs"],
@@ -611,7 +644,7 @@ def compare_command(
     ] = None,
     labels: Annotated[
         Path | None,
-        option(COMPARE, "--labels", "JSON lines that have --by, --pair or --also: what score read.", "FILE"),
+        option(COMPARE, "--labels", "JSON lines that have --by, --pair or --also: what score read.", "IN"),
     ] = None,
     join: Annotated[str, options.choice(COMPARE, "--join", ("line", "id"), "How rows find their labels.")] = "line",
     also: Annotated[
@@ -643,7 +676,8 @@ def compare_command(
     flowgraph compare scores.parquet --labels rollouts.jsonl --by correct --pair problem
     flowgraph compare before.parquet after.parquet --pair id --out result.json
 
-    Compared are all columns of numbers that both groups have. In the table
+    Compared are all columns of numbers that both groups have, without those
+    that say which response a row is and how exact. In the table
       difference   of the means, with its bootstrap interval
       AUC          how well the measure alone tells the groups apart: 0.5 not
                    at all, 1 the first group always has more, 0 always less
@@ -664,10 +698,8 @@ def compare_command(
         raise typer.BadParameter("give a second file, or --by to divide this one")
     if also and labels is None:
         raise typer.BadParameter("--also needs --labels, the file that has them")
-    for path in (*files, *([labels] if labels else [])):
-        if out is not None and out.exists() and path.exists() and out.samefile(path):
-            raise ValueError(f"--out {out} is one of the files to read; give another name")
-    from flowgraph.adapters.records import read_scores, with_labels
+    _check_apart({"--out": out}, *files, labels)
+    from flowgraph.adapters.records import CERTIFICATE, read_scores, with_labels
     from flowgraph.compare import compare, divide, numbers
 
     tables = [read_scores(path) for path in files]
@@ -686,9 +718,12 @@ def compare_command(
     measured = [
         {name: values for name, values in numbers(table).items() if name not in (by, pair)} for table in (one, other)
     ]
-    if only is not None:
-        if unknown := [name for name in only if name not in measured[0] or name not in measured[1]]:
-            raise ValueError(f"--only {unknown[0]}: no such numbers in both; there are {', '.join(measured[0])}")
+    if only is None:
+        places = {"choice", *CERTIFICATE} - set(also or ())  # of a row of scores, not of its flow
+        measured = [{name: values for name, values in group.items() if name not in places} for group in measured]
+    elif unknown := [name for name in only if name not in measured[0] or name not in measured[1]]:
+        raise ValueError(f"--only {unknown[0]}: no such numbers in both; there are {', '.join(measured[0])}")
+    else:
         measured = [{name: values[name] for name in only} for values in measured]
     for table in (one, other):
         if pair is not None and pair not in table.column_names:
@@ -715,8 +750,8 @@ def compare_command(
             pyarrow.parquet.write_table(comparison.to_table(), out)
     if quiet:
         return
-    terminal.show_comparison(comparison)
-    if {one.measure for one in comparison} <= {"prompt_tokens", "response_tokens"}:
+    terminal.show_comparison(comparison, pair)
+    if only is None and {one.measure for one in comparison} <= {"prompt_tokens", "response_tokens", *(also or ())}:
         terminal.say("there are no measures in these files: flowgraph score --measures puts them there")
     if out is not None:
         terminal.say(f"wrote {out}")
@@ -810,6 +845,7 @@ def stability_command(
     model runs once per trace; the rest takes about 30 times as long as one.
     """
     _check_source(source, context.params)
+    _check_apart({"--json": json_file}, source, prompt_file, response_file)
     record = _given(context.params) if source is None else None
     aside: dict[int, str] = {}
     found: list[tuple[Any, Stability]] = []
@@ -1016,6 +1052,10 @@ def plan_command(
 
     Memory is that above the model. With --memory the setting that a trace
     would take comes last; if none fits, the exit code is 1.
+
+    On a CPU that is the peak of a trace with --memory: then freed tensors go
+    back to the system at once. Without it malloc keeps their pages, and the
+    same trace may take up to 2 times as much.
     """
     rest = {"answer_regex": None, "rule": "top", "top": 0.4, "gain": 1.5, "temperature": 1.0}
     asked = options.tracer_options({**context.params, **rest})
@@ -1047,6 +1087,10 @@ def plan_command(
     said = f"mode {chosen.mode}, chunk {chosen.chunk or 'none'}{', offload' * chosen.offload}: "
     said += in_words(chosen.peak_bytes) + ("" if memory is None else f" of {in_words(memory)}")
     terminal.tell(said, style="" if memory is None else "bold green")
+    if memory is None and place.type == "cpu":
+        terminal.say(
+            "peaks are those of traces with --memory; without it malloc keeps freed pages: up to 2 times as much"
+        )
 
 
 # ------------------------------------------------------------------------- doctor

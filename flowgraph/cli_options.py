@@ -264,6 +264,12 @@ def load(given: Mapping[str, Any]) -> tuple[Tracer, bool]:
     return Tracer(model, tokenizer, **vars(options)), has_template if chat is None else chat
 
 
+def place_of(model: str) -> str:
+    """A model by a name that holds in any working directory: a folder by its whole path."""
+    folder = Path(model).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else model
+
+
 def outline(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     """A model without its weights, as `flowgraph.memory` needs it, and the device that it is meant for."""
     _check_model(name)

@@ -13,15 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from flowgraph import smollm2 as smollm2_source
 from tests.written import TOKENIZER, policy, written_by_hand
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A busy machine makes single examples slow, which says nothing about the code.
-settings.register_profile("flowgraph", deadline=None)
+# What Hypothesis does by itself where CI is set, so that the same examples are tried everywhere. A busy machine makes
+# single examples slow, which says nothing about the code.
+settings.register_profile(
+    "flowgraph",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("flowgraph")
 
 

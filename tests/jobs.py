@@ -27,8 +27,12 @@ KILLS, KILLS_ONCE, HANGS, NAN = "!", "&", "~", "^"
 def load(given: Mapping[str, Any]) -> tuple[Tracer, bool]:
     """A tiny random model over bytes; the traps leave notes in `given["folder"]`."""
     torch.set_num_threads(1)
+    if given.get("hangs"):  # when it reads rows; for a process that does nothing else
+        scoring.read = lambda *args: time.sleep(1000)  # type: ignore[assignment, attr-defined]
     model = policy(max_position_embeddings=WINDOW)
     folder = Path(given["folder"])
+    if given.get("dies"):
+        os.kill(os.getpid(), signal.SIGKILL)
     with (folder / "workers").open("a") as notes:
         notes.write(f"{os.getpid()}\n")
     trap_of = {ids(text, end=False)[0]: text for text in (KILLS, KILLS_ONCE, HANGS)}

@@ -424,6 +424,22 @@ def test_what_cannot_be_done_is_1_in_one_line(folder: Path, tmp_path: Path) -> N
         assert len([line for line in message.splitlines() if line.startswith("error")]) == 1
 
 
+def test_what_is_read_is_never_written_over(folder: Path, rows: Path) -> None:
+    text = rows.with_name("text.txt")
+    text.write_text(PROMPT)
+    before = rows.read_bytes()
+    cases: list[tuple[list[str | Path], str]] = [
+        (["trace", "--jsonl", rows, "--json", rows], "--json"),
+        (["trace", "--jsonl", rows, "--html", rows.parent / "." / rows.name], "--html"),
+        (["trace", "--prompt-file", text, "-r", RESPONSE, "--json", text], "--json"),
+        (["trace", "-p", PROMPT, "--response-file", text, "--html", text], "--html"),
+        (["stability", rows, "--json", rows], "--json"),
+    ]
+    for arguments, name in cases:
+        assert re.search(f"{name} .* is one of the files to read", refused(1, *arguments, "-m", folder))
+    assert (rows.read_bytes(), text.read_text()) == (before, PROMPT)
+
+
 def test_chat_needs_a_template(folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = None
     LlamaForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
@@ -549,6 +565,10 @@ def test_score_refuses_before_it_loads_a_model(rows: Path, tmp_path: Path) -> No
         (rows, rows, "is a file; the name of one must end in .parquet"),
     ):
         assert reason in refused(1, "score", source, out, "-m", missing)
+    for name in ("scores.csv", "scores.JSON", "scores.pq"):
+        message = " ".join(re.sub(r"[│╭╮╰╯─]", " ", refused(2, "score", rows, tmp_path / name, "-m", missing)).split())
+        assert "the name of one file must end in .parquet" in message
+        assert not (tmp_path / name).exists()
     rows.rename(same := tmp_path / "same.parquet")
     assert "same file" in refused(1, "score", same, same, "-m", missing, "--overwrite")
     assert old.read_bytes() == b"old"
@@ -632,7 +652,8 @@ def test_the_program_says_errors_in_one_line() -> None:
     assert done.stderr == "error: --model ./nowhere: there is no such folder\n"
 
 
-def test_stopping_score_leaves_no_out(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_score_leaves_no_out(folder: Path, tmp_path: Path, how: signal.Signals, code: int) -> None:
     path, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
     path.write_text((json.dumps(ROWS[0]) + "\n") * 200_000)
     command = [sys.executable, "-m", "flowgraph.cli", "score", str(path), str(out), "-m", str(folder)]
@@ -645,15 +666,41 @@ def test_stopping_score_leaves_no_out(folder: Path, tmp_path: Path) -> None:
         # Where the tests run in the background, a shell has them ignore Ctrl-C, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not list(tmp_path.glob(".*.partial")) and time.monotonic() < deadline:
             assert running.poll() is None
             time.sleep(0.1)
-        running.send_signal(signal.SIGINT)
-        output = running.communicate(timeout=60)
-    assert running.returncode == 130, output
+        running.send_signal(how)
+        output = running.communicate(timeout=120)
+    assert running.returncode == code, output
     assert "Traceback" not in output[1]
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_score_tells_what_it_passes_over(folder: Path, rows: Path) -> None:
+    (rows.parent / "more.jsonl.gz").write_bytes(b"")
+    out = rows.parent.with_name("scores of a folder")
+    result = good("score", rows.parent, out, "-m", folder)
+    assert "passed over in" in result.stderr
+    assert "passed over: 1 file (.gz)" in result.stdout
+    assert good("score", rows.parent, out, "-m", folder, "-q").output == ""
+    assert "files that can be read end in .jsonl" in refused(
+        1, "score", rows.parent / "more.jsonl.gz", out, "-m", folder
+    )
+
+
+def test_parts_with_graphs_are_small(folder: Path, rows: Path, tmp_path: Path) -> None:
+    rows.write_text((json.dumps(ROWS[0]) + "\n") * 33)
+    for arguments, parts in (([], 2), (["--shard-rows", "33"], 1)):
+        out = tmp_path / f"out{parts}"
+        good("score", rows, out, "-m", folder, "--graphs", "-q", *arguments)
+        assert len(list(out.glob("part-*"))) == len(list((out / "_graphs").iterdir())) == parts
+
+
+def test_workers_get_the_whole_path_of_a_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert cli_options.place_of(folder.name) == str(folder)
+    assert cli_options.place_of("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
 
 
 # ------------------------------------------------------------------------- report
@@ -706,6 +753,9 @@ def test_report_refuses(folder: Path, rows: Path, tmp_path: Path) -> None:
         ([rows, page, "--lines", "0"], "is not lines like 1,5,8-10"),
         ([rows, page, "--lines", "3-1"], "is not lines like 1,5,8-10"),
         ([rows, page, "--by", "pages"], "sentences, words"),
+        ([rows, rows], "the page comes last and ends in .html"),
+        ([page, rows], "the page comes last and ends in .html"),
+        ([rows, *texts], "the page comes last and ends in .html"),
     ):
         message = " ".join(re.sub(r"[│╭╮╰╯─]", " ", refused(2, "report", *arguments, "-m", folder)).split())
         assert hint in message
@@ -714,10 +764,13 @@ def test_report_refuses(folder: Path, rows: Path, tmp_path: Path) -> None:
     many.write_text((json.dumps(ROWS[0]) + "\n") * 21)
     long = tmp_path / "long.jsonl"
     long.write_bytes(BAD[3][0])
+    (tmp_path / "folder.html").mkdir()
+    (odd := tmp_path / "rows.html").write_bytes(before := rows.read_bytes())
     for arguments, hint in (
         ([tmp_path / "none.jsonl", page], "IN: there is no file"),
-        ([rows, tmp_path], "is a folder"),
-        ([rows, rows], "is IN as well"),
+        ([rows, tmp_path / "folder.html"], "is a folder"),
+        ([odd, odd], "is one of the files to read"),
+        ([odd, "--prompt-file", odd, "-r", RESPONSE], "is one of the files to read"),
         ([rows, page, "--lines", "1,7-9"], "has no line 7-9"),
         ([many, page], "more than 20 lines: choose some"),
         ([bad, page], f"line 1 of {bad}: not JSON"),
@@ -725,6 +778,7 @@ def test_report_refuses(folder: Path, rows: Path, tmp_path: Path) -> None:
     ):
         assert hint in refused(1, "report", *arguments, "-m", folder)
     assert not page.exists()
+    assert rows.read_bytes() == odd.read_bytes() == before
 
 
 # ------------------------------------------------------------------------- measures and compare
@@ -795,7 +849,9 @@ def test_compare_pairs(scored: tuple[Path, Path], tmp_path: Path) -> None:
     source, scores = scored
     result = good("compare", scores, "--labels", source, "--by", "right", "--pair", "problem", "--resamples", "200")
     assert "4 pairs; without a partner: 0, 0" in result.stdout
-    assert "problem" not in result.stdout.replace("--pair problem", "")
+    ends = re.search(r"highest differences: problem (\d) \((.*?)\).* \| lowest: problem (\d) \((.*?)\)", result.stdout)
+    assert ends and float(ends[2]) >= float(ends[4]) and ends[1] != ends[3]
+    assert not re.search("^problem", result.stdout, re.M), "the key is no measure"
     copy = tmp_path / "scores.parquet"
     pq.write_table(pq.read_table(scores).slice(2), copy)
     table = tmp_path / "out.parquet"
@@ -822,6 +878,42 @@ def test_compare_says_what_is_missing(rows: Path, folder: Path, scored: tuple[Pa
     asked: list[str | Path] = ["compare", scores, "--labels", three, "--by", "kind", "--resamples", "50"]
     assert "must have two values, it has 3: a (3), b (3), c (2)" in refused(1, *asked)
     assert "3 rows are in neither group" in good(*asked, "--groups", "b,c").stderr
+
+
+def test_compare_of_a_folder_leaves_out_where_a_row_is_from(folder: Path, rows: Path, tmp_path: Path) -> None:
+    out, table = tmp_path / "scores", tmp_path / "found.json"
+    good("score", rows, out, "-m", folder, "-q")
+    asked: list[str | Path] = ["compare", out, out, "--resamples", "50", "--out", table]
+
+    def compared(*more: str | Path) -> list[str]:
+        good(*asked, *more)
+        return [one["measure"] for one in json.loads(table.read_text())["measures"]]
+
+    assert compared() == ["prompt_tokens", "response_tokens"]
+    assert "flowgraph score --measures puts them there" in good(*asked).stderr
+    assert compared("--only", "lost,choice") == ["lost", "choice"]
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_tables_of_numbers_stay_whole_where_there_is_little_room(
+    scored: tuple[Path, Path], folder: Path, columns: str
+) -> None:
+    """As in a pipe, which has 80 columns; the longest names are folded, no number is."""
+    source, scores = scored
+    long = {f"the rather long name of group {name}": name for name in "ab"}
+    labels = source.with_name("long.jsonl")
+    labels.write_text(
+        "\n".join(json.dumps({"id": row["id"], "group": [*long][n % 2]}) for n, row in enumerate(LABELLED))
+    )
+    env = {"COLUMNS": columns}
+    asked: list[str | Path] = ["compare", scores, "--labels", labels, "--by", "group", "--resamples", "50"]
+    shown = good(*asked, env=env).stdout
+    found = re.search(r"^sink_share +(\S+) +(\S+) +(\S+) +(\S+ \.\. \S+) +(\S+) +(\S+) +(\S+) +(\d, \d)$", shown, re.M)
+    assert found, shown
+    assert float(found[1]) - float(found[2]) == pytest.approx(float(found[3]), abs=0.01)
+    shown = good("stability", "-m", folder, "-p", PROMPT, "-r", RESPONSE, "--vary", "edges,heads", env=env).stdout
+    assert re.search(r"^changed +to +rank correlation +overlap of top 40%", shown, re.M), shown
+    assert re.search(r"^edges +1/64 +\S+ +\d+% *$", shown, re.M), shown
 
 
 def test_compare_refuses(scored: tuple[Path, Path], tmp_path: Path) -> None:
@@ -991,10 +1083,7 @@ def test_demo_without_gguf_says_what_to_install(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.real
 def test_demo(smollm2: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2_source, "load", lambda dtype, say: smollm2)
-    begun = time.perf_counter()
     result = good("demo", "--out", tmp_path / "out")
-    seconds = time.perf_counter() - begun
-    assert seconds < 60, "seconds on a quiet machine"
     page = tmp_path / "out" / "demo.html"
     assert str(page) in result.stdout
     assert page.as_uri() in result.stdout

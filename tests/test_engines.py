@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,23 @@ def test_other_options_are_refused_or_begin_anew(source: Path, change: dict[str,
     assert_whole(out, source)
 
 
+@pytest.mark.parametrize("schema", ["flowgraph-scores/1", None])
+def test_a_folder_with_a_manifest_that_cannot_be_read_is_refused_or_begins_anew(
+    source: Path, schema: str | None
+) -> None:
+    out = source.with_name("out")
+    score(job_of(source, out))
+    path = out / shards.MANIFEST
+    path.write_text("{" if schema is None else json.dumps(json.loads(path.read_text()) | {"schema": schema}))
+    with pytest.raises(ValueError, match="is no manifest of scores"):
+        job_of(source, out)
+    assert score(job_of(source, out, overwrite=True))["rows"] == ROWS
+    assert_whole(out, source)
+    (source.with_name("other") / "x").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is a folder of something else"):
+        job_of(source, source.with_name("other"), overwrite=True)
+
+
 def test_other_files_are_refused_or_begin_anew(source: Path) -> None:
     out = source.with_name("out")
     score(job_of(source, out))
@@ -150,7 +169,7 @@ def test_a_part_that_vanishes_is_missed(source: Path, monkeypatch: pytest.Monkey
     out = source.with_name("out")
     job = job_of(source, out)
     monkeypatch.setattr(engines, "_local", lambda *args: iter(()))
-    monkeypatch.setattr("flowgraph.adapters.engines.time.monotonic", iter(range(0, 10_000, 20)).__next__)
+    monkeypatch.setattr(engines, "SHOWS_WITHIN", 0.3)
     with pytest.raises(OSError, match=r"3 parts of .* are missing, the first is 0"):
         score(job)
 
@@ -201,10 +220,13 @@ def test_a_worker_that_dies_costs_nothing(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", responses(ROWS, _9=KILLS_ONCE))
     plain = write_rows(tmp_path / "plain" / "in.jsonl", responses(ROWS, _9="?"))
     score(job_of(source, tmp_path / "out", shard_rows=4), workers=2)
-    score(job_of(plain, tmp_path / "expected", shard_rows=4))
+    score(job_of(plain, plain.with_name("expected"), shard_rows=4))
     assert (tmp_path / "killed").exists()
     assert_whole(tmp_path / "out", source)
-    assert table_of(tmp_path / "out")["line"].to_pylist() == list(range(1, ROWS + 1))
+    found, expected = table_of(tmp_path / "out"), table_of(plain.with_name("expected"))
+    assert found["line"].to_pylist() == list(range(1, ROWS + 1))
+    others = [k != 9 for k in range(ROWS)]  # there another letter stands
+    assert_close(found.filter(others), expected.filter(others))
 
 
 def test_what_a_dead_worker_left_half_written_is_gone_at_the_end(tmp_path: Path) -> None:
@@ -229,12 +251,68 @@ def test_a_row_that_kills_every_worker_is_set_aside(tmp_path: Path) -> None:
     assert shards.read_failed(tmp_path / "out")[0]["line"] == 10
 
 
+@pytest.mark.slow
+def test_two_rows_of_one_part_that_kill_every_worker_are_set_aside(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", responses(4, _1=KILLS, _3=KILLS))
+    done = score(job_of(source, tmp_path / "out", shard_rows=4), workers=2)
+    assert (done["written"], done["failed"]) == (2, 2)
+    assert [one["line"] for one in shards.read_failed(tmp_path / "out")] == [2, 4]
+
+
+@pytest.mark.slow
+def test_a_model_that_no_worker_can_load_is_named(source: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        score(job_of(source, source.with_name("out"), given={"folder": "/nowhere"}), workers=2)
+
+
+@pytest.mark.slow
+def test_workers_that_die_before_they_begin_end_the_job(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "DIE", 2)
+    with pytest.raises(RuntimeError, match="workers die, 2 times without finishing a part"):
+        score(job_of(source, source.with_name("out"), given={"dies": True}), workers=2)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_workers_and_blames_no_row(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", responses(8)), tmp_path / "out"
+    one = kill.process(source, out, workers=2, given={"pause": 0.5})
+    until = time.monotonic() + 300
+    while not list(out.glob("_doing/part-*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    one.terminate()
+    assert kill.end_of(one) == 143
+    assert not list(out.glob("_doing/part-*"))
+    for worker in (tmp_path / "workers").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(worker), 0)
+
+
 # ------------------------------------------------------------------------- Ray
+
+
+@pytest.mark.parametrize(
+    ("engine", "cluster", "expected", "warns"),
+    [
+        ({}, {"CPU": 64, "GPU": 8}, (8, 1.0), False),
+        ({"gpus": 0.5}, {"CPU": 64, "GPU": 8}, (16, 0.5), False),
+        ({"workers": 3}, {"CPU": 64, "GPU": 8}, (3, 1.0), False),
+        ({"device": "cpu"}, {"CPU": 64, "GPU": 8}, (1, 0.0), False),
+        ({}, {"CPU": 64}, (1, 0.0), False),
+        ({"gpus": 1}, {"CPU": 64}, (1, 1), True),
+        ({"workers": 9}, {"CPU": 64, "GPU": 8}, (9, 1.0), True),
+        ({"workers": 2, "cpus": 2}, {"CPU": 2}, (2, 0.0), True),
+    ],
+)
+def test_what_ray_reserves(
+    engine: dict[str, Any], cluster: dict[str, float], expected: Any, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert engines._reserved(Engine("ray", **{"workers": None} | engine), cluster) == expected
+    assert ("what does not fit waits" in caplog.text) == warns
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with kill.cluster() as found:
+    with kill.cluster(gpus=1) as found:  # in name only
         yield found
 
 
@@ -265,9 +343,57 @@ def test_ray_goes_on_where_this_process_stopped(source: Path, address: str) -> N
 
 
 @pytest.mark.slow
+def test_ray_gives_each_actor_its_gpu(source: Path, address: str) -> None:
+    done = score(job_of(source, source.with_name("out")), name="ray", workers=None, cpus=0.5, gpus=1)
+    assert done["written"] == ROWS - 1
+    assert len(set((source.parent / "workers").read_text().split())) == 1
+
+
+@pytest.mark.slow
+def test_relative_paths_are_those_of_the_driver(source: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source.parent)
+    given = {"folder": str(source.parent)}
+    assert score(job_of(Path("in.jsonl"), Path("out"), given=given), **RAY)["written"] == ROWS - 1
+    assert_whole(source.with_name("out"), source)
+    job = job_of(Path("in.jsonl"), Path("other"), given=given)
+    source.unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        score(job, **RAY)
+    assert caught.value.filename == str(source)
+
+
+@pytest.mark.slow
+def test_a_model_that_no_actor_can_load_is_named(source: Path, address: str) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        score(job_of(source, source.with_name("out"), given={"folder": "/nowhere"}), **RAY)
+
+
+class Odd(Exception):
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} {other}")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (OSError(28, "No space left on device", "/out"), OSError, "[Errno 28] No space left on device: '/out'"),
+        (FileNotFoundError(2, "No such file", Path("/in")), FileNotFoundError, "[Errno 2] No such file: '/in'"),
+        (OSError("in.jsonl has changed"), OSError, "in.jsonl has changed"),
+        (TimeoutError("it took too long"), TimeoutError, "it took too long"),
+        (json.JSONDecodeError("no", "{", 0), ValueError, "no: line 1 column 1 (char 0)"),
+        (MemoryError("x"), RuntimeError, "MemoryError: x"),
+        (Odd("a", "b"), RuntimeError, "Odd: a b"),
+    ],
+)
+def test_errors_travel_between_processes(error: Exception, kind: type[Exception], text: str) -> None:
+    found = engines._unpacked(json.loads(json.dumps(engines._packed(error))))
+    assert (type(found), str(found)) == (kind, text)
+
+
+@pytest.mark.slow
 def test_what_stops_an_actor_stops_the_job_in_its_own_words(source: Path, address: str) -> None:
     with pytest.raises(TimeoutError, match=r"^reading rows of in\.jsonl took longer than --io-timeout"):
-        score(job_of(source, source.with_name("out"), limits={"io_timeout": 1e-6}), **RAY)
+        score(job_of(source, source.with_name("out"), given={"hangs": True}, limits={"io_timeout": 2}), **RAY)
     score(job_of(source, source.with_name("out")), **RAY)
     assert_whole(source.with_name("out"), source)
 

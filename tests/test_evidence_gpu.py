@@ -201,7 +201,7 @@ def test_jobs_are_spread_over_processes_until_time_is_over(tmp_path: Path) -> No
     began = time.monotonic()
     with pytest.raises(OutOfTime):
         list(spread(time.sleep, [100.0, 100.0], 2, replace(run, looks=[2])))
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 90, "less than one of the jobs takes"
     gpu.end_processes()
     assert not torch.multiprocessing.active_children()
 
@@ -210,7 +210,7 @@ def test_jobs_are_spread_over_processes_until_time_is_over(tmp_path: Path) -> No
 def test_decoders_trained_at_a_time_are_those_trained_one_by_one(tmp_path: Path) -> None:
     some = replace(TINY, rl_tasks=(), problems=0, candidates=0)
     for name, processes in (("one", 1), ("two", 2)):
-        run = Run(tmp_path / name, some, "cpu", time.monotonic() + 300, processes)
+        run = Run(tmp_path / name, some, "cpu", time.monotonic() + 3600, processes)
         assert go_on(run, lambda line: None, ["train"]) == []
     one, two = (
         {line["unit"]: line["model"] for line in lines_of(tmp_path / n / "units.jsonl")} for n in ("one", "two")

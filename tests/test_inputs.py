@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowgraph.adapters import inputs
-from flowgraph.adapters.inputs import Shard, Source, fingerprint, plan, read, sources, unchanged
+from flowgraph.adapters.inputs import Shard, Source, fingerprint, passed_over, plan, read, sources, unchanged
 from flowgraph.adapters.records import Record, records_of, row_of
 
 MESSAGES = [{"role": "user", "content": "1+1?"}]
@@ -56,6 +56,26 @@ def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
     write_lines(tmp_path / "in" / "a.jsonl", [{}])
     (tmp_path / "in" / "loop").symlink_to(tmp_path)
     assert [one.name for one in sources(tmp_path / "in")] == ["a.jsonl"]
+    assert passed_over(tmp_path / "in") == "1 link"
+
+
+def test_what_is_passed_over_is_told(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{}])
+    assert passed_over(tmp_path) == passed_over(tmp_path / "a.jsonl") == ""
+    for name in ("b.jsonl.gz", "c/d.jsonl.gz", "c/README", "_failed/x.txt", ".hidden.gz"):
+        write_lines(tmp_path / name, [{}])
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "linked.jsonl").symlink_to(tmp_path / "a.jsonl")
+    assert passed_over(tmp_path) == "3 files (.gz, no ending), 1 link"
+    assert [one.name for one in sources(tmp_path)] == ["a.jsonl", "linked.jsonl"]
+    with pytest.raises(ValueError, match=r"is a folder without \.jsonl.*; it has 2 files \(\.gz, no ending\)"):
+        sources(tmp_path / "c")
+
+
+@pytest.mark.parametrize(("name", "came"), [("b.jsonl.gz", r"ends in \.gz"), ("rollouts", "has no ending")])
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str, came: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} {came}; files that can be read end in \.jsonl"):
+        sources(write_lines(tmp_path / name, [{}]))
 
 
 def test_nothing_to_read_is_said(tmp_path: Path) -> None:
@@ -113,6 +133,36 @@ def test_shards_of_tables_hold_every_row_once(tmp_path: Path, rows: int, group: 
     seen = all_rows(found, plan(found, rows=rows))
     assert [line for _, line, _ in seen] == list(range(1, 11))
     assert [row for *_, row in seen] == table.to_pylist()
+
+
+def test_shards_of_parquet_end_with_row_groups_where_they_can(tmp_path: Path) -> None:
+    def cuts(*sizes: int) -> list[int]:
+        with pq.ParquetWriter(tmp_path / "in.parquet", pa.schema([("prompt", pa.string())])) as file:
+            for size in sizes:
+                file.write_table(pa.table({"prompt": pa.array(["p"] * size, pa.string())}))
+        return [shard.rows for shard in plan(sources(tmp_path / "in.parquet"), rows=10)]
+
+    assert cuts(4, 4, 4) == [8, 4]
+    assert cuts(25, 10, 3) == [10, 10, 5, 10, 3]
+    assert cuts(10, 0, 10) == [10, 10]
+
+
+def test_a_shard_decodes_no_more_of_its_row_group_than_it_has_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"prompt": [f"p{k}" for k in range(2000)]}), tmp_path / "in.parquet")
+    decoded: list[int] = []
+    original = pq.ParquetFile.iter_batches
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for batch in original(self, *args, **kwargs):
+            decoded.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    found = sources(tmp_path / "in.parquet")
+    assert len(list(read(found[0], plan(found, rows=100)[1]))) == 100
+    assert sum(decoded) <= 200 + inputs._STEP
 
 
 def test_shards_end_by_bytes_too(tmp_path: Path) -> None:
@@ -281,6 +331,9 @@ def test_a_change_of_any_kind_changes_the_fingerprint(tmp_path: Path) -> None:
     (source,) = sources(path)
     quick, full = fingerprint(source), fingerprint(source, "full")
     assert quick == fingerprint(source)
+    os.utime(path, ns=(0, 10**9 + 999))  # as another machine may round it
+    assert quick == fingerprint(source)
+    unchanged(source, quick)
     path.write_bytes(b"a" * 150_000 + b"b" + b"a" * 149_999)  # in the middle, the same size
     os.utime(path, ns=(0, 2 * 10**9))
     assert fingerprint(source) != quick

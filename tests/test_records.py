@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -64,7 +65,7 @@ def test_each_form_of_a_line(row: dict[str, Any], expected: Record) -> None:
         (line({"prompt": "p", "response": ""}), '"response" is empty'),
         (line({"prompt": "p", "response": " \n"}), '"response" is empty'),
         (line({"prompt": "", "response": "r"}), '"prompt" is empty'),
-        (line({"prompt": "p", "response": None}), '"response" must be text, got null'),
+        (line({"prompt": "p", "response": None}), 'no response: beside "prompt" a line needs "response"'),
         (line({"prompt": "p", "response": ["r"]}), '"response" must be text, got a list'),
         (line({"prompt": 3, "response": "r"}), '"prompt" must be text or a list of messages, got a number'),
         (line({"question": MESSAGES, "response": "r"}), '"question" must be text, got a list'),
@@ -248,6 +249,31 @@ def test_labels_are_joined_by_id(tmp_path: Path) -> None:
     (tmp_path / "labels.jsonl").write_text(json.dumps(LABELS[0]) + "\n" + json.dumps(LABELS[0]))
     with pytest.raises(ValueError, match=r"id 'a' stands in .* twice, the second time on line 2"):
         with_labels(read_scores(path), tmp_path / "labels.jsonl", ["x"], on="id")
+
+
+def test_labels_of_several_files_are_joined_by_file_and_line(tmp_path: Path) -> None:
+    """Lines of different files have the same numbers."""
+    for name, ok in (("a.jsonl", True), ("b/c.jsonl", False)):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"ok": ok, "id": f"{name} 1"}) + "\n" + json.dumps({"ok": ok}) + "\n")
+    files = ["a.jsonl", "a.jsonl", "b/c.jsonl", "b/c.jsonl"]
+    table = pa.table({"file": files, "line": [1, 2, 1, 2], "id": ["a.jsonl 1", None, "b/c.jsonl 1", None]})
+    assert with_labels(table, tmp_path / "in", ["ok"])["ok"].to_pylist() == [True, True, False, False]
+    with pytest.raises(ValueError, match=r"the scores are of 2 files, a\.jsonl, b/c\.jsonl, .* give the folder"):
+        with_labels(table, tmp_path / "in" / "a.jsonl", ["ok"])
+    one = table.slice(0, 2)
+    assert with_labels(one, tmp_path / "in" / "a.jsonl", ["ok"])["ok"].to_pylist() == [True, True]
+    with pytest.raises(ValueError, match="have no column 'file'; give the file that was scored"):
+        with_labels(one.drop_columns(["file"]), tmp_path / "in", ["ok"])
+    (tmp_path / "in" / "b" / "c.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"has no file b/c\.jsonl, which the scores are of"):
+        with_labels(table, tmp_path / "in", ["ok"])
+
+
+def test_a_field_that_is_null_is_not_there() -> None:
+    row = {"prompt_ids": None, "messages": None, "prompt": "p", "response": None, "completion": "c"}
+    assert parse(3, line(row)) == Record(3, None, "p", "c", as_is=True)
 
 
 @pytest.mark.parametrize(

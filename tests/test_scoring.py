@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import re
-import time
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import pytest
 import torch
 
 from flowgraph import Tracer
-from flowgraph.adapters import scoring, shards
-from flowgraph.adapters.records import COLUMNS
+from flowgraph.adapters import engines, scoring, shards
+from flowgraph.adapters.records import CERTIFICATE, COLUMNS, Record
 from flowgraph.adapters.scoring import Limits, Tally
-from flowgraph.adapters.shards import CERTIFICATE, graph_of, read_failed
+from flowgraph.adapters.shards import graph_of, read_failed
 from flowgraph.measures import MEASURES
 from tests.jobs import (
     NAN,
@@ -34,6 +35,7 @@ from tests.jobs import (
     table_of,
     write_rows,
 )
+from tests.written import TOKENIZER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = 23
@@ -74,6 +76,19 @@ def test_rows_are_those_of_the_tracer_whatever_the_batches(source: Path, tracer:
             expected = getattr(trace, name)[response]
             torch.testing.assert_close(torch.tensor(row[name]), expected, rtol=0, atol=1e-5)
         assert sorted(row["weights"]) == sorted(trace.weights[response].tolist())
+
+
+def test_messages_are_encoded_as_the_tracer_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    monkeypatch.setattr(TOKENIZER, "chat_template", template, raising=False)
+    tracer = load({"folder": tmp_path, "options": {"question": "user"}})[0]
+    example = [{"role": "user", "content": "2 and 2?"}, {"role": "assistant", "content": "A: 4"}]
+    prompt, response = [*example, {"role": "user", "content": "3 and 3?"}], "It is 6.\nA: 6"
+    found, trace = scoring.encode(tracer, Record(1, None, prompt, response), chat=True), tracer(prompt, response)
+    assert found.question_mask is not None and torch.equal(found.token_ids, trace.graph.token_ids)
+    for name in ("prompt_mask", "response_mask", "question_mask"):
+        assert torch.equal(getattr(found, name), getattr(trace.spans, name))
 
 
 def test_batches_hold_the_token_budget_and_long_rows_go_alone(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,20 +330,27 @@ def test_a_full_disk_stops_the_job_and_leaves_no_half_of_anything(
 
 
 def test_a_file_system_that_hangs_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = source.with_name("out")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: time.sleep(3))
-        job = job_of(source, out)
-        job = scoring.Job(**{**vars(job), "limits": Limits(io_timeout=0.3)})
-        out.mkdir()
-        worker = scoring.Worker(job)
-        with pytest.raises(TimeoutError, match=r"writing part 0 of .* took longer than --io-timeout 0\.3 s"):
-            list(worker.run(job.manifest.shards))
-    time.sleep(3)
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "read", lambda *args: time.sleep(3))
-        with pytest.raises(TimeoutError, match=r"reading rows of in\.jsonl took longer"):
-            list(worker.run(job.manifest.shards[1:]))
+    out, answers = source.with_name("out"), threading.Event()
+    job = job_of(source, out)
+    job = scoring.Job(**{**vars(job), "limits": Limits(io_timeout=2)})  # what does not hang is done in milliseconds
+    out.mkdir()
+    worker = scoring.Worker(job)
+
+    def hangs(*args: Any) -> Any:
+        answers.wait()
+        return iter(())
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", hangs)
+            with pytest.raises(TimeoutError, match=r"writing part 0 of .* took longer than --io-timeout 2 s"):
+                list(worker.run(job.manifest.shards[:1]))
+        with monkeypatch.context() as patch:
+            patch.setattr(scoring, "read", hangs)
+            with pytest.raises(TimeoutError, match=r"reading rows of in\.jsonl took longer"):
+                list(worker.run(job.manifest.shards[1:]))
+    finally:
+        answers.set()
 
 
 def test_a_file_that_changes_under_the_job_stops_it(source: Path) -> None:
@@ -340,6 +362,76 @@ def test_a_file_that_changes_under_the_job_stops_it(source: Path) -> None:
         score(job)
     with pytest.raises(ValueError, match=r"begun otherwise \(in\.jsonl size: "):
         job_of(source, out)
+
+
+def test_sigterm_ends_a_job_in_order_and_no_row_is_blamed(tmp_path: Path) -> None:
+    """As schedulers send it, each time while the second row of a part is in work, which is tried row by row."""
+    source, out = write_rows(tmp_path / "in.jsonl", responses(3)), tmp_path / "out"
+    doing = out / shards.DOING
+    doing.mkdir(parents=True)
+    job = job_of(source, tmp_path / "plan")
+    job.manifest.write(out)
+    (doing / "part-000000.json").write_text(json.dumps({"row": None, "deaths": {"3/0": 1}}))
+
+    def ends(rows: float) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    for _ in range(3):
+        with pytest.raises(SystemExit) as ended:
+            engines.score(job_of(source, out), engines.Engine(device="cpu"), Tally(3), advance=ends)
+        assert ended.value.code == 143
+        assert json.loads((doing / "part-000000.json").read_text()) == {"row": None, "deaths": {"3/0": 1}}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert score(job_of(source, out))["written"] == 3
+
+
+@pytest.mark.parametrize("case", ["a handler", "another thread"])
+def test_sigterm_is_left_to_whoever_handles_it(case: str) -> None:
+    def handler(number: int, frame: Any) -> None: ...
+
+    found: list[Any] = []
+
+    def look() -> None:
+        with scoring.in_order():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.signal(signal.SIGTERM, handler if case == "a handler" else signal.SIG_DFL)
+    try:
+        thread = threading.Thread(target=look)
+        thread.start() if case == "another thread" else look()
+        if case == "another thread":
+            thread.join()
+        assert found == [handler if case == "a handler" else signal.SIG_DFL]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_model_that_has_to_be_reproducible_is_loaded_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs while it is loaded, and CUDA reads CUBLAS_WORKSPACE_CONFIG when it starts."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen: list[Any] = []
+
+    def spy(given: Any) -> Any:
+        seen.append((os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.are_deterministic_algorithms_enabled()))
+        return load(given)
+
+    job = job_of(write_rows(tmp_path / "in.jsonl", responses(2)), tmp_path / "out", reproducible=True)
+    scoring.Worker(scoring.Job(**{**vars(job), "model": scoring.Model(spy, {"folder": str(tmp_path)})}))
+    assert seen == [(":4096:8", True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "lost", "short"),
+    [
+        ("CUDA error: device-side assert triggered", True, False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False, True),
+        ("CUDA error: out of memory", False, True),
+        ("size mismatch", False, False),
+    ],
+)
+def test_memory_of_a_device_is_not_a_lost_device(text: str, lost: bool, short: bool) -> None:
+    error = RuntimeError(text)
+    assert (scoring.device_is_lost(error), scoring.is_out_of_memory(error)) == (lost, short)
 
 
 # ------------------------------------------------------------------------- counts

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flowgraph.adapters import shards
 from flowgraph.adapters.inputs import Shard
@@ -17,13 +21,17 @@ from flowgraph.adapters.shards import (
     Later,
     Manifest,
     clear,
+    deaths,
     finished,
+    graph_of,
     known,
     locked,
+    pardon,
     schema,
     whole,
     write_shard,
 )
+from tests.graphs import random_graph
 
 SHARD = Shard(3, "a.jsonl", 31, 2, 310, 330)
 INPUTS = {"a.jsonl": {"size": 9, "sha256": "ff", "changed": 1}}
@@ -63,6 +71,35 @@ def test_what_was_not_finished_is_absent_and_what_was_there_stays(tmp_path: Path
         assert hidden.name.startswith(".x.")
         hidden.write_text("new")
     assert [one.read_text() for one in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EINVAL])
+def test_a_folder_that_cannot_be_synced_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """On Windows a folder can't be opened, and a file that is only read can't be synced; SMB and FUSE refuse fsync."""
+    really_open, really_sync = os.open, os.fsync
+
+    def opens(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if number == errno.EACCES and os.path.isdir(path):
+            raise PermissionError(number, os.strerror(number), str(path))
+        return really_open(path, flags, *args, **kwargs)
+
+    def syncs(file: int) -> None:
+        if number == errno.EINVAL and stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(number, os.strerror(number))
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR and not stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        really_sync(file)
+
+    monkeypatch.setattr(os, "open", opens)
+    monkeypatch.setattr(os, "fsync", syncs)
+    with whole(tmp_path / "x") as hidden:
+        hidden.write_text("new")
+    assert (tmp_path / "x").read_text() == "new"
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        shards._sync(tmp_path if number == errno.EINVAL else tmp_path / "x")
 
 
 def test_a_shard_is_there_when_its_rows_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +236,47 @@ def test_a_note_that_was_cut_off_counts_nothing(tmp_path: Path, text: str) -> No
     Attempt(tmp_path, SHARD)
     (tmp_path / shards.DOING / "part-000003.json").write_text(text)
     assert Attempt(tmp_path, SHARD).again
+
+
+def test_who_leaves_in_order_blames_no_row_and_forgets_no_death(tmp_path: Path) -> None:
+    first = Attempt(tmp_path, SHARD)
+    first.leave()
+    assert not Attempt(tmp_path, SHARD).again
+    second = Attempt(tmp_path, SHARD)
+    second.at("31/0")  # dies here
+    third = Attempt(tmp_path, SHARD)
+    third.at("32/0")
+    third.leave()
+    fourth = Attempt(tmp_path, SHARD)
+    assert fourth.again and fourth.deaths == {"31/0": 1}
+
+
+def test_deaths_are_counted_and_rows_in_work_pardoned(tmp_path: Path) -> None:
+    assert deaths(tmp_path) == 0
+    attempt = Attempt(tmp_path, SHARD)
+    assert deaths(tmp_path) == 1
+    attempt.at("31/0")
+    assert deaths(tmp_path) == 2
+    attempt = Attempt(tmp_path, SHARD)
+    attempt.at("32/0")
+    assert deaths(tmp_path) == 3
+    pardon(tmp_path)
+    assert deaths(tmp_path) == 2
+    assert Attempt(tmp_path, SHARD).deaths == {"31/0": 1}
+
+
+# ------------------------------------------------------------------------- graphs
+
+
+def test_graphs_that_share_memory_are_saved_each(tmp_path: Path) -> None:
+    graph = random_graph(6)
+    other = random_graph(6)
+    other.prompt_mask = graph.prompt_mask
+    other.token_ids = torch.cat([graph.token_ids, graph.token_ids])[: len(graph.token_ids)]
+    (tmp_path / shards.GRAPHS).mkdir()
+    shards._save_graphs(tmp_path / shards.GRAPHS / "part-000003.safetensors", [graph, other])
+    for number, one in enumerate((graph, other)):
+        found = graph_of(tmp_path, f"part-000003/{number}")
+        for name, value in one.to_dict().items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(found[name], value), name

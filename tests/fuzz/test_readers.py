@@ -64,6 +64,21 @@ def test_the_harness_finds(data: bytes, found: str | None, tmp_path: Path, monke
     assert [found in what for what in tally.findings] == [True] if found else not tally.findings
 
 
+def test_only_what_is_slow_twice_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SLOW", 0.2)
+    tries: list[bytes] = []
+
+    def slow_once(data: bytes, folder: Path) -> None:
+        tries.append(data)
+        if len(tries) == 1:
+            broken(b"slow", folder)
+
+    tally = Tally()
+    with run._ready() as folder:
+        try_one(Target("slow once", slow_once, [b""]), b"x", folder, tally)
+    assert (tries, tally.findings, tally.accepted, tally.inputs) == ([b"x", b"x"], {}, 1, 1)
+
+
 def test_the_same_seed_gives_the_same_inputs() -> None:
     one, other, third = (Mutator([b'{"a": 1}', b"x"], [b"word"], seed) for seed in (3, 3, 4))
     first = [one() for _ in range(200)]
