@@ -59,22 +59,22 @@ class Record:
 
     Attributes:
         line: the number of its line or row, from 1. id: the caller's name for it.
-        prompt: text, chat messages, or token ids. response: text, token ids (as the prompt), or None, where the last
-            of the messages is the response.
+        prompt: text, chat messages, or token ids. response: text, chat messages (turns of an agent), token ids (as the
+            prompt), or None, where the response is among the messages: all that the assistant says there.
         choice: which response of its row, from 0. as_is: a text that no chat template is to be laid around.
     """
 
     line: int
     id: str | None
     prompt: str | list[dict[str, Any]] | list[int]
-    response: str | list[int] | None
+    response: str | list[dict[str, Any]] | list[int] | None
     choice: int = 0
     as_is: bool = False
 
     @property
     def has_ids(self) -> bool:
         """It comes as token ids, not as text."""
-        return not isinstance(self.prompt, str) and isinstance(self.response, list)
+        return isinstance(self.response, list) and not any(isinstance(one, dict) for one in self.response)
 
 
 FIELDS = (
@@ -189,7 +189,7 @@ def records_of(line: int, row: Mapping[str, Any]) -> list[Record]:
         return _several(line, name, prompt, response)
     if said == "completion" and isinstance(response, list):
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return [Record(line, name, [*before, *_messages(said, response)], None)]
+        return [Record(line, name, before, _messages(said, response))]
     if not isinstance(response, str):
         raise ValueError(f'"{said}" must be text, got {_kind(response)}')
     _check_text(said, response)

@@ -150,7 +150,8 @@ def encode(tracer: Tracer, record: Record, chat: bool) -> Encoded:
     """
     prompt, response = record.prompt, record.response
     by_user = tracer.options.question == "user"
-    if not isinstance(prompt, str) and isinstance(response, list):
+    if record.has_ids:
+        assert isinstance(response, list)
         if by_user:
             raise ValueError("--question user needs chat messages: token ids don't say what the user wrote")
         _check_length(tracer, len(prompt) + len(response))
@@ -170,7 +171,7 @@ def encode(tracer: Tracer, record: Record, chat: bool) -> Encoded:
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     first = None if response is None else len(messages)
     if response is not None:
-        messages.append({"role": "assistant", "content": response})
+        messages += [{"role": "assistant", "content": response}] if isinstance(response, str) else response
     found = encode_messages(tracer.tokenizer, messages, first)
     _check_length(tracer, len(found.token_ids))
     question = question_of_messages(tracer.tokenizer, messages, found, first) if by_user else None

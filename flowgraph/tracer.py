@@ -78,7 +78,7 @@ class Tracer:
     def __call__(
         self,
         prompt: str | Messages,
-        response: str | None = None,
+        response: str | Messages | None = None,
         *,
         truncated: bool = False,
         template_options: Mapping[str, Any] | None = None,
@@ -88,8 +88,9 @@ class Tracer:
         Args:
             prompt: chat messages, laid out by the tokenizer's chat template; earlier answers of the assistant among
                 them (examples, a history) are part of the prompt. Or text, taken as it is: all of what the model saw.
-            response: what the model answered, and the only thing that gets credit. Leave it out if the messages hold
-                it: then every assistant message is response, as in the rollout of an agent.
+            response: what the model answered, and the only thing that gets credit: text, or the messages of an agent's
+                rollout, of which it said those of the assistant. Leave it out if the prompt's messages hold it: then
+                every assistant message is response.
             truncated: the response was cut off before its end.
             template_options: further arguments of the chat template, such as {"enable_thinking": False, "tools": [..]}.
         """
@@ -99,6 +100,8 @@ class Tracer:
         if isinstance(prompt, str):
             if response is None:
                 raise ValueError("response is missing; a prompt in text form comes with the response to it")
+            if not isinstance(response, str):
+                raise ValueError("response must be text where the prompt is, got messages; give both as messages")
             if self.options.question == "user":
                 raise ValueError('question="user" needs chat messages as prompt, got a text')
             if template_options:
@@ -109,7 +112,7 @@ class Tracer:
                 raise ValueError("prompt must be text or a list of chat messages, got one message: put it into a list")
             messages, first = list(prompt), None if response is None else len(prompt)
             if response is not None:
-                messages.append({"role": "assistant", "content": response})
+                messages += [{"role": "assistant", "content": response}] if isinstance(response, str) else response
             encoded = encode_messages(self.tokenizer, messages, first, template_options)
             if self.options.question == "user":
                 question_mask = question_of_messages(self.tokenizer, messages, encoded, first, template_options)

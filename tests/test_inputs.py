@@ -190,8 +190,8 @@ def test_the_cut_depends_on_nothing_but_files_and_options(tmp_path: Path) -> Non
     ("row", "expected"),
     [
         ({"prompt": "p", "completion": "c", "id": 1}, [Record(7, "1", "p", "c", as_is=True)]),
-        ({"prompt": MESSAGES, "completion": ANSWER}, [Record(7, None, [*MESSAGES, *ANSWER], None)]),
-        ({"prompt": "1+1?", "completion": ANSWER}, [Record(7, None, [*MESSAGES, *ANSWER], None)]),
+        ({"prompt": MESSAGES, "completion": ANSWER}, [Record(7, None, MESSAGES, ANSWER)]),
+        ({"prompt": "1+1?", "completion": ANSWER}, [Record(7, None, MESSAGES, ANSWER)]),
         ({"prompt_ids": [1], "completion_ids": [2, 3]}, [Record(7, None, [1], [2, 3])]),
         (
             {"prompt": MESSAGES, "reward_model": {"ground_truth": "2"}, "responses": ["2", "3"]},

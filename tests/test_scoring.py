@@ -84,11 +84,12 @@ def test_messages_are_encoded_as_the_tracer_does(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(TOKENIZER, "chat_template", template, raising=False)
     tracer = load({"folder": tmp_path, "options": {"question": "user"}})[0]
     example = [{"role": "user", "content": "2 and 2?"}, {"role": "assistant", "content": "A: 4"}]
-    prompt, response = [*example, {"role": "user", "content": "3 and 3?"}], "It is 6.\nA: 6"
-    found, trace = scoring.encode(tracer, Record(1, None, prompt, response), chat=True), tracer(prompt, response)
-    assert found.question_mask is not None and torch.equal(found.token_ids, trace.graph.token_ids)
-    for name in ("prompt_mask", "response_mask", "question_mask"):
-        assert torch.equal(getattr(found, name), getattr(trace.spans, name))
+    prompt, text = [*example, {"role": "user", "content": "3 and 3?"}], "It is 6.\nA: 6"
+    for response in (text, [{"role": "assistant", "content": text}]):
+        found, trace = scoring.encode(tracer, Record(1, None, prompt, response), chat=True), tracer(prompt, response)
+        assert found.question_mask is not None and torch.equal(found.token_ids, trace.graph.token_ids)
+        for name in ("prompt_mask", "response_mask", "question_mask"):
+            assert torch.equal(getattr(found, name), getattr(trace.spans, name))
 
 
 def test_batches_hold_the_token_budget_and_long_rows_go_alone(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

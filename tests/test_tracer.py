@@ -16,6 +16,7 @@ from flowgraph import options as options_module
 from flowgraph.capture import recording
 from tests.graphs import mask_of
 from tests.models import VOCABULARY, eager_attention, tiny
+from tests.written import TOKENIZER
 
 T = 30
 
@@ -352,6 +353,19 @@ def test_of_a_packed_row_the_last_document_is_cut_off(model: Any) -> None:
         assert ["cut_off" in trace.flags for trace in traces] == cut
 
 
+def test_a_model_is_no_name_of_one() -> None:
+    with pytest.raises(ValueError, match=r"model must be a model of transformers, got str; load it first"):
+        Tracer("Qwen/Qwen3-0.6B")  # type: ignore[arg-type]
+
+
+def test_prompts_and_responses_of_other_kinds_are_refused(model: Any) -> None:
+    tracer, message = Tracer(model, TOKENIZER), {"role": "user", "content": "1+1?"}
+    with pytest.raises(ValueError, match="prompt must be text or a list of chat messages, got one message"):
+        tracer(message, "2")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="response must be text where the prompt is, got messages"):
+        tracer("1+1?", [{"role": "assistant", "content": "2"}])
+
+
 def test_text_needs_a_tokenizer(model: Any) -> None:
     with pytest.raises(ValueError, match=r"text needs a tokenizer: Tracer\(model, tokenizer\)"):
         Tracer(model)("question", "answer")
@@ -430,6 +444,11 @@ def test_earlier_answers_are_part_of_the_prompt(smollm2: tuple[Any, Any]) -> Non
     assert len(trace.response_weights) == len(smollm2[1](RESPONSE)["input_ids"]) + 1  # and the end of the turn
     rollout = Tracer(*smollm2)([*talk, {"role": "assistant", "content": RESPONSE}])
     assert len(rollout.response_weights) > len(trace.response_weights)
+    turns = [talk[1], {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": RESPONSE}]
+    agent = Tracer(*smollm2)(talk[:1], turns)
+    assert torch.equal(agent.weights, Tracer(*smollm2)([*talk[:1], *turns]).weights)
+    one = Tracer(*smollm2, question="user")(talk, [{"role": "assistant", "content": RESPONSE}])
+    assert torch.equal(one.weights, trace.weights) and torch.equal(one.graph.token_ids, trace.graph.token_ids)
 
 
 @pytest.mark.real

@@ -163,16 +163,18 @@ def test_values_of_nothing_get_nothing(draw: torch.Generator) -> None:
 
 @interpreted
 @pytest.mark.usefixtures("poisoned")
-def test_layers_that_lie_elsewhere_come_with_every_block(
-    draw: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_that_lie_elsewhere_are_brought(draw: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     from flowgraph.triton_rows import TritonRows
 
     monkeypatch.setattr(TritonRows, "_is_here", lambda self, layer: layer.softcap is None)
     see = window(12)
     layers = [layer(draw, 30, softcap=2.0, visible=see), layer(draw, 30)]
     same_rows(layers, 16)
-    same_rows([with_log_sum(layers[0], torch.arange(30)), layers[1]], 16, "value_norm")
+    known = with_log_sum(layers[0], torch.arange(30))
+    same_rows([known, layers[1]], 16, "value_norm")
+    # Again: what was worked out is kept, and what was given is taken.
+    kernels = TritonRows([known, *layers], torch.arange(30), by_value=False)
+    assert torch.equal(kernels.rows(16, 30), kernels.rows(16, 30))
 
 
 @interpreted
