@@ -27,6 +27,7 @@ from flowgraph.kernels import attend
 from flowgraph.rows import AttentionRows, BlockedRows, DenseRows, LayerQK
 from flowgraph.sparse import sparse_graph
 from flowgraph.sparsify import Threshold, sparsify
+from flowgraph.sums import Groups
 
 if TYPE_CHECKING:
     from benchmarks.gpu.stages import Bench
@@ -217,8 +218,22 @@ def sparse(bench: Bench, case: Case, draw: Draw) -> Iterator[Check]:
         yield Check(f"misplaced: {name}", float((flow - slow).abs().sum() / slow.sum() / 2), 1e-3)
 
 
+def long_sums(draw: Draw) -> Iterator[Check]:
+    """Sums over more edges than a tile of CUB's holds, from other places in memory: the same bits. A batch of small
+    graphs doesn't show it; the first token of a long trace has such sums."""
+    edges = 5003
+    for name in ("float32", "float64"):
+        values = draw.normal(edges).to(getattr(torch, name))
+        alone = Groups.by(torch.zeros(edges, dtype=torch.int64, device=draw.device), 1).sum(values)
+        for before in (1, 2, 3):
+            token = (torch.arange(before + edges, device=draw.device) >= before).long()
+            found = Groups.by(token, 2).sum(torch.cat([values[:before], values]))
+            yield Check(f"bits of a long sum: {name}, after {before}", _differ(found[1:], alone), 0)
+
+
 def solvers(bench: Bench, case: Case, draw: Draw) -> Iterator[Check]:
     """Each solver that is there against the dense one; alone and in a batch, and twice: the same bits."""
+    yield from long_sums(draw)
     graphs = [draw.graph(N) for N in (case.tokens, 2, case.tokens // 2 + 1, case.tokens)]
     batch = Batch.from_data_list(graphs)
     twin = trace_flow(batch, "reference")
