@@ -20,10 +20,9 @@ BARE = "exact triton no edges"
 OFFLOAD = " offload"
 """At the end of a way: queries and keys wait in the memory of the host."""
 LONG_WAYS = ("sparse triton" + OFFLOAD, "exact triton" + OFFLOAD, BARE + OFFLOAD, *WAYS)
+_SIZES = ((64, 128, 4), (64, 256, 8), (64, 64, 4), (128, 64, 4), (128, 128, 8), (128, 64, 8), (64, 128, 8))
 TILES = tuple(
-    f"tile {rows}x{columns} warps {warps} stages {stages}"
-    for rows, columns, warps in ((64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8), (128, 64, 8), (64, 128, 8))
-    for stages in (2, 3)
+    f"tile {rows}x{columns} warps {warps} stages {stages}" for rows, columns, warps in _SIZES for stages in (2, 3)
 )
 BLOCKS = tuple(f"block {rows}" for rows in (128, 256, 512, 1024, 2048))
 
