@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +365,15 @@ def test_a_file_that_changes_under_the_job_stops_it(source: Path) -> None:
         job_of(source, out)
 
 
+@pytest.fixture
+def no_handler() -> Iterator[None]:
+    """Of SIGTERM. Ray leaves one behind in every process in which it ran."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("no_handler")
 def test_sigterm_ends_a_job_in_order_and_no_row_is_blamed(tmp_path: Path) -> None:
     """As schedulers send it, each time while the second row of a part is in work, which is tried row by row."""
     source, out = write_rows(tmp_path / "in.jsonl", responses(3)), tmp_path / "out"
@@ -386,6 +395,7 @@ def test_sigterm_ends_a_job_in_order_and_no_row_is_blamed(tmp_path: Path) -> Non
     assert score(job_of(source, out))["written"] == 3
 
 
+@pytest.mark.usefixtures("no_handler")
 @pytest.mark.parametrize("case", ["a handler", "another thread"])
 def test_sigterm_is_left_to_whoever_handles_it(case: str) -> None:
     def handler(number: int, frame: Any) -> None: ...
@@ -396,15 +406,14 @@ def test_sigterm_is_left_to_whoever_handles_it(case: str) -> None:
         with scoring.in_order():
             found.append(signal.getsignal(signal.SIGTERM))
 
-    before = signal.signal(signal.SIGTERM, handler if case == "a handler" else signal.SIG_DFL)
-    try:
+    if case == "a handler":
+        signal.signal(signal.SIGTERM, handler)
+        look()
+    else:
         thread = threading.Thread(target=look)
-        thread.start() if case == "another thread" else look()
-        if case == "another thread":
-            thread.join()
-        assert found == [handler if case == "a handler" else signal.SIG_DFL]
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        thread.start()
+        thread.join()
+    assert found == [handler if case == "a handler" else signal.SIG_DFL]
 
 
 def test_a_model_that_has_to_be_reproducible_is_loaded_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
