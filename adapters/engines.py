@@ -225,6 +225,7 @@ def _processes(job: Job, devices: Sequence[str], todo: Sequence[Shard]) -> Itera
         groups = _groups(list(left.values()), len(devices))
         before, noted = len(left), deaths(job.out)
         others = set(multiprocessing.active_children())
+        broken = False
         with ProcessPoolExecutor(len(devices), context, _start, (job, queue)) as pool:
             futures: list[Future[list[dict[str, Any]]]] = []
             try:
@@ -234,19 +235,21 @@ def _processes(job: Job, devices: Sequence[str], todo: Sequence[Shard]) -> Itera
                         left.pop(about["shard"]["number"])
                         yield about
             except BrokenProcessPool:
-                slow = 0 if len(left) < before else slow + 1
-                fruitless = 0 if len(left) < before or deaths(job.out) > noted else fruitless + 1
-                if fruitless == DIE or slow == DIE_SLOWLY:
-                    raise RuntimeError(
-                        f"workers die, {slow} times without finishing a part; is there too little memory?"
-                    ) from None
-                _LOG.warning("a worker died; %d shards are tried again", len(left))
+                broken = True
             except BaseException:
-                for future in futures:
-                    future.cancel()
+                # See `_stop`; else the end of the pool waits until they have done their shards. No future is cancelled:
+                # the thread of a pool whose workers end would fail on one that is, and wait for none of them.
                 for worker in set(multiprocessing.active_children()) - others:
-                    worker.terminate()  # see `_stop`; else the end of the pool waits until they have done their shards
+                    worker.terminate()
                 raise
+        if not broken:
+            continue
+        # Only now, when the other workers have ended, too, and taken back their notes.
+        slow = 0 if len(left) < before else slow + 1
+        fruitless = 0 if len(left) < before or deaths(job.out) > noted else fruitless + 1
+        if fruitless == DIE or slow == DIE_SLOWLY:
+            raise RuntimeError(f"workers die, {slow} times without finishing a part; is there too little memory?")
+        _LOG.warning("a worker died; %d shards are tried again", len(left))
 
 
 def _groups(shards: list[Shard], workers: int) -> list[list[Shard]]:

@@ -221,7 +221,11 @@ def _cut_table(source: Source, rows: int, most_bytes: int, max_row_bytes: int) -
     start = 0
     while start < total:
         last = bisect_right(ends, start + step) - 1  # of the groups that end within a step
-        stop = ends[last] if last >= 0 and ends[last] > start else min(total, start + step)
+        if last >= 0 and ends[last] > start:
+            stop = ends[last]
+        else:  # the group is larger: in equal parts, or there would be a small one at the end of each
+            rest = ends[last + 1] - start
+            stop = start + -(-rest // -(-rest // step))
         yield start + 1, stop - start, start, stop
         start = stop
 

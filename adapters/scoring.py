@@ -37,7 +37,7 @@ from flowgraph.certificate import certify
 from flowgraph.interface import window_of
 from flowgraph.measures import MEASURES, measures, rows
 from flowgraph.rl.scorer import chunks
-from flowgraph.spans import encode_messages, encode_text, question_of_messages
+from flowgraph.spans import conversation, encode_messages, encode_text, question_of_messages
 from flowgraph.trace import Trace
 from flowgraph.tracer import Tracer
 
@@ -168,10 +168,9 @@ def encode(tracer: Tracer, record: Record, chat: bool) -> Encoded:
         found = encode_text(tracer.tokenizer, prompt, response)
         _check_length(tracer, len(found.token_ids))
         return Encoded(record, found.token_ids, found.prompt_mask, found.response_mask)
-    messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    first = None if response is None else len(messages)
-    if response is not None:
-        messages += [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+    asked: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    said: Any = response
+    messages, first = conversation(asked, said)
     found = encode_messages(tracer.tokenizer, messages, first)
     _check_length(tracer, len(found.token_ids))
     question = question_of_messages(tracer.tokenizer, messages, found, first) if by_user else None

@@ -275,7 +275,9 @@ def _newest(folder: Path) -> tuple[float, Path] | None:
 
 
 def _has_shards(index: Path, names: set[str]) -> bool:
-    """Are all files there that an index names?"""
+    """Are all files there that an index names, or the one that goes before an index?"""
+    if "model.safetensors" in names:
+        return True
     try:
         wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return names.issuperset(wanted)

@@ -384,8 +384,9 @@ class Attempt:
         self._path.unlink(missing_ok=True)
 
     def leave(self) -> None:
-        """Nothing is in work any more, and no row is to blame for that. Deaths that were counted stay."""
-        if self.deaths:
+        """Nothing is in work any more, and no row is to blame for that. What was known stays: deaths that were counted,
+        and that a process died over this part before, so that it is tried row by row."""
+        if self.deaths or self.again:
             self.at(None)
         else:
             self.over()

@@ -39,10 +39,10 @@ def find_answer(text: str, finder: Finder = "auto") -> Answer:
     """Find the answer in a response; the last match of a finder wins.
 
     Args:
-        finder: a key of `FINDERS` ("A:" takes "Answer:" and "Final answer:" too); "auto": the first of them, in that
-            order, that matches; a regular expression: group 1 if it has one, else the whole match; a function of the
-            text that returns one (start, stop), a sequence of them, or None. What these two give is taken as it is,
-            untrimmed.
+        finder: a key of `FINDERS` ("answer is" takes "Answer:" and "Final answer:" too); "auto": the first of them, in
+            that order, that matches; a regular expression: group 1 if it has one, else the whole match; a function of
+            the text that returns one (start, stop), a sequence of them, or None. What these two give is taken as it
+            is, untrimmed.
 
     With "auto", what follows a marker that never ends is not searched for other markers: `the answer is
     \\boxed{4` is cut off and answers nothing.
@@ -121,10 +121,12 @@ def _trim(text: str, start: int, stop: int) -> list[Span]:
 _BOX = re.compile(r"(\\{1,2}(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 TAG = re.compile(r"<(/?)answer\s*>", re.IGNORECASE)
 _HASHES = re.compile(r"(?<!#)####(?!#)")
-_A_COLON = re.compile(
-    r"^[ \t]*(?:\*\*)?(?:A|(?i:(?:final[ \t]+)?answer))(?:\*\*)?[ \t]*:(?:\*\*)?", re.MULTILINE
-)  # "A:", "Answer:", "Final answer:", at the start of a line, bold or not
-_ANSWER_IS = re.compile(r"\banswer\s+is\b", re.IGNORECASE)
+_A_COLON = re.compile(r"^[ \t]*(?:\*\*)?A:(?:\*\*)?", re.MULTILINE)
+_ANSWER_IS = re.compile(
+    r"^[ \t]*(?:\*\*)?(?:final[ \t]+)?answer(?:\*\*)?[ \t]*:(?:\*\*)?(?:[ \t]*(?:the[ \t]+)?answer[ \t]+is\b)?"
+    r"|\banswer\s+is\b",
+    re.IGNORECASE | re.MULTILINE,
+)  # "the answer is", or "Answer:" at the start of a line, or one after the other
 _LEAD = re.compile(r"(?:\s|:|\*\*(?=[\s:]))*")  # between "answer is" and the answer
 _WRAPPED = re.compile(
     r"\*\*(?=\S)([^\n]*?\S)\*\*|\$\$(.+?)\$\$|\$(?=\S)((?:\\.|[^\n$\\])+)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]",
@@ -201,10 +203,15 @@ def _sentence(text: str, start: int, limit: int) -> Span:
     return start, limit
 
 
+def _stated(text: str, start: int, limit: int) -> Span:
+    """A sentence after "answer is", a line after "Answer:"."""
+    return (_line if text[start - 1] in ":*" else _sentence)(text, start, limit)
+
+
 FINDERS: dict[str, Callable[[str], Found]] = {
     "boxed": _boxed,
     "####": _after(_HASHES, _line),
     "A:": _after(_A_COLON, _line),
     "<answer>": _tagged,
-    "answer is": _after(_ANSWER_IS, _sentence),
+    "answer is": _after(_ANSWER_IS, _stated),
 }

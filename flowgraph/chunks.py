@@ -17,8 +17,17 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from flowgraph.interface import KeptLayer, Recorder, device_of, forward, softmax_layers_of, unwrap
+from flowgraph.interface import (
+    KeptLayer,
+    ModelInUseError,
+    Recorder,
+    device_of,
+    forward,
+    softmax_layers_of,
+    unwrap,
+)
 from flowgraph.rows import bring
 
 _CPU = torch.device("cpu")
@@ -165,12 +174,17 @@ def _forgets(model: Any, layers: list[int]) -> str:
 
 
 def has_state(model: Any) -> bool:
-    """Are there layers that keep a state in place of keys and values?"""
-    linear = getattr(DynamicCache(config=model.config), "is_linear", None)
-    return True if linear is None else any(linear)
+    """Are there layers that keep a state, beside keys and values or in their place?"""
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except KeyError:  # a kind of layer that transformers has no cache for
+        return False
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 _REFUSALS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_NOT_ITS_FAULT = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError), ModelInUseError)
+"""Errors of the moment, which say nothing of a model. torch has AcceleratorError from 2.8 on."""
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -200,7 +214,7 @@ def _try(model: Any) -> str | None:
     try:
         cache = ChunkCache(model.config, offload=False)
         first, second = read(tokens[:, :4], cache), read(tokens[:, 4:], cache)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
+    except _NOT_ITS_FAULT:
         raise
     except Exception as error:  # each architecture fails in its own way; the reason is kept
         return f"{type(model).__name__} doesn't go on from a cache ({type(error).__name__}: {error})"

@@ -167,9 +167,9 @@ _EDGES = (
     "chooses by the flow that an edge carries, only to list it, and auto is top:32."
 )
 _WEIGHTS = "What an edge weighs: attention, or attention times the norm of what it moves (value_norm)."
-_FINDER = "How the answer is found: auto (the first that finds one), boxed, ####, A:, <answer>, answer is."
+_FINDER = "How the answer is found: auto (the first that finds one), boxed, ####, A:, <answer>, answer is (or Answer:)."
 _REGEX = "Find it with a regular expression: its group 1, if it has one."
-_QUESTION = "Where flow starts: at every token of the prompt (prompt), or of what the user wrote in it as chat (user)."
+_QUESTION = "Where flow starts: at every token of the prompt (prompt), or of the user's last turn in it (user)."
 Layers = Annotated[Any, option(METHOD, "--layers", _LAYERS, "WHICH", parser=_parse_layers)]
 Preset = Annotated[str, choice(METHOD, "--preset", ("flowgraph", "paper"), _PRESET)]
 Mode = Annotated[str, choice(METHOD, "--mode", ("auto", "edges", "sparse", "exact"), _MODE)]

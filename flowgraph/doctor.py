@@ -77,7 +77,12 @@ def devices() -> Iterator[tuple[str, str]]:
 
 def extras() -> Iterator[tuple[str, str]]:
     """(extra, the versions of what it installs, or how to install it)."""
+    from flowgraph.sums import cuda_extra
+
+    other = {"cuda12": "cuda13", "cuda13": "cuda12"}[cuda_extra()]
     for extra, modules in EXTRAS.items():
+        if extra == other:  # one of the two, or two versions of cupy would lie one over the other
+            continue
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         if missing:
             yield extra, f'no {" and no ".join(missing)}: pip install "flowgraph-llm[{extra}]"'

@@ -143,6 +143,10 @@ _NAMING = Lock()
 _CURE = "use a lock, or a copy of the model (copy.deepcopy) for each thread"
 
 
+class ModelInUseError(RuntimeError):
+    """Somebody else is reading the model's attention, now."""
+
+
 class _Done(Exception):
     """Raised in the deepest wanted layer to end the pass. Never leaves this module."""
 
@@ -311,7 +315,7 @@ def read_by(recorder: Recorder, model: nn.Module) -> Iterator[None]:
     with _NAMING:
         recorder.implementations = {key: config._attn_implementation_internal for key, config in configs.items()}
         if _NAME in recorder.implementations.values():
-            raise RuntimeError(
+            raise ModelInUseError(
                 "model: its attention, or that of a model which shares its config, is being read already, by an "
                 f"enclosing recording or another thread: {_CURE}"
             )
@@ -330,7 +334,7 @@ def read_by(recorder: Recorder, model: nn.Module) -> Iterator[None]:
 def _active() -> Recorder:
     recorder = _RECORDER.get()
     if recorder is None:
-        raise RuntimeError(f"model: another thread is tracing it, or one that shares its config: {_CURE}")
+        raise ModelInUseError(f"model: another thread is tracing it, or one that shares its config: {_CURE}")
     return recorder
 
 

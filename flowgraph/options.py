@@ -48,7 +48,7 @@ class Options:
             all edges up to 2,048 tokens, above that those over 1/1024; in sparse mode those over 1/256; in exact mode
             the top 32 into each token.
         weights: "attention", or "value_norm": attention times the norm of what it moves (docs/method.md, section 10).
-        answer: how to find the answer: "auto", "boxed", "####", "A:" (or "Answer:"), "<answer>", "answer is", a
+        answer: how to find the answer: "auto", "boxed", "####", "A:", "<answer>", "answer is" (or "Answer:"), a
             compiled regular expression (its group 1, if it has one), or a function from the response to a (start, stop)
             in it.
         question: "prompt": flow starts at every prompt token; "user": only at the user's last turn before the

@@ -166,6 +166,33 @@ def _plain(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return plain
 
 
+def conversation(
+    prompt: Sequence[dict[str, Any]], response: str | Sequence[dict[str, Any]] | None
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Prompt and response as one list of messages, and `first` as `encode_messages` takes it.
+
+    Args:
+        response: text, the messages of an agent's rollout, or None where it is among those of the prompt.
+
+    Raises:
+        ValueError: something else, or a response that doesn't begin with an assistant message.
+    """
+    for name, given in (("prompt", prompt), ("response", response)):
+        if isinstance(given, Mapping):
+            raise ValueError(f"{name} must be text or a list of chat messages, got one message: put it into a list")
+        if given is None or isinstance(given, str):
+            continue
+        if not isinstance(given, Sequence) or not all(isinstance(one, Mapping) for one in given):
+            raise ValueError(f"{name} must be text or a list of chat messages, got {_what(given)}")
+    if response is None:
+        return list(prompt), None
+    said = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
+    if not said or said[0].get("role") != "assistant":
+        role = f"role {said[0].get('role')!r}" if said else "none"
+        raise ValueError(f"response must begin with an assistant message, got {role}")
+    return [*prompt, *said], len(prompt)
+
+
 def _first_assistant(messages: Sequence[dict[str, Any]]) -> int:
     return next((k for k, m in enumerate(messages) if m.get("role") == "assistant"), len(messages))
 
@@ -209,6 +236,7 @@ def encode_messages(
                 f"the chat template changes earlier text when messages[{k}] is added, so what was generated "
                 "can't be told; give prompt and response as text, or token ids and masks"
             )
+        _check_shown(tokenizer, messages[k], tail[len(head) :], k)
         ids = _encode(tokenizer, tail[len(head) :])
         sampled = _sampled(tokenizer, ids)
         pieces += [
@@ -218,6 +246,17 @@ def encode_messages(
         ]
         done = tail
     return _joined(pieces)
+
+
+def _check_shown(tokenizer: Any, message: dict[str, Any], shown: str, k: int) -> None:
+    """A template that knows content in parts only shows nothing of a text."""
+    for special in tokenizer.all_special_tokens:
+        shown = shown.replace(special, "")
+    if str(message.get("content") or "").strip() and not shown.strip():
+        raise ValueError(
+            f"the chat template shows nothing of the text of messages[{k}]; give prompt and response as text, or token "
+            "ids and masks"
+        )
 
 
 def _sampled(tokenizer: Any, ids: list[int]) -> int:

@@ -39,7 +39,7 @@ from flowgraph.compare import mean_interval, plain
 from flowgraph.credit import weights_from_scores
 from flowgraph.options import LONG
 from flowgraph.rows import BlockedRows, DenseRows
-from flowgraph.spans import PRESETS, encode_messages, encode_text, question_of_messages
+from flowgraph.spans import PRESETS, conversation, encode_messages, encode_text, question_of_messages
 from flowgraph.sparsify import Threshold
 from flowgraph.trace import Trace
 from flowgraph.tracer import Messages, Tracer
@@ -103,7 +103,7 @@ class Stability:
 def stability(
     tracer: Tracer,
     prompt: str | Messages | Tensor,
-    response: str | Tensor | None = None,
+    response: str | Messages | Tensor | None = None,
     *,
     truncated: bool = False,
     question_mask: Tensor | None = None,
@@ -137,7 +137,7 @@ def stability(
 def layer_agreement(
     tracer: Tracer,
     prompt: str | Messages | Tensor,
-    response: str | Tensor | None = None,
+    response: str | Messages | Tensor | None = None,
     *,
     truncated: bool = False,
     question_mask: Tensor | None = None,
@@ -212,7 +212,10 @@ class _Encoded(NamedTuple):
 
 
 def _encode(
-    tracer: Tracer, prompt: str | Messages | Tensor, response: str | Tensor | None, given: Mapping[str, Tensor | None]
+    tracer: Tracer,
+    prompt: str | Messages | Tensor,
+    response: str | Messages | Tensor | None,
+    given: Mapping[str, Tensor | None],
 ) -> _Encoded:
     masks = {name: mask[None] for name, mask in given.items() if mask is not None}
     question, of_user = masks.pop("question_mask", None), tracer.options.question == "user"
@@ -238,8 +241,7 @@ def _encode(
             raise ValueError('question="user" needs chat messages as prompt, got a text')
         encoded = encode_text(tracer.tokenizer, prompt, cast(str, response))
     else:
-        messages = [*prompt, *([] if response is None else [{"role": "assistant", "content": response}])]
-        first = None if response is None else len(prompt)
+        messages, first = conversation(prompt, response)
         encoded = encode_messages(tracer.tokenizer, messages, first)
 
         def asked() -> Tensor:

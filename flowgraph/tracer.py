@@ -36,6 +36,7 @@ from flowgraph.rows import BlockedRows, KeptRows, Rows
 from flowgraph.spans import (
     Encoded,
     Spans,
+    conversation,
     encode_messages,
     encode_text,
     locate,
@@ -108,11 +109,7 @@ class Tracer:
                 raise ValueError("template_options are for chat messages; a text is taken as it is")
             encoded = encode_text(self.tokenizer, prompt, response)
         else:
-            if isinstance(prompt, Mapping):
-                raise ValueError("prompt must be text or a list of chat messages, got one message: put it into a list")
-            messages, first = list(prompt), None if response is None else len(prompt)
-            if response is not None:
-                messages += [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+            messages, first = conversation(prompt, response)
             encoded = encode_messages(self.tokenizer, messages, first, template_options)
             if self.options.question == "user":
                 question_mask = question_of_messages(self.tokenizer, messages, encoded, first, template_options)

@@ -11,6 +11,7 @@ Shapes: S samples, N_i tokens of sample i (no pads), B rows of a chunk, T their 
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from flowgraph.rl.config import FlowConfig
 from flowgraph.rl.samples import Layout, Sample, samples_of
 from flowgraph.spans import Spans, locate
 from flowgraph.tracer import Tracer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -435,7 +438,11 @@ def _of_checkpoint(model: Any, folder: Path) -> nn.Module:
     shapes = [
         f"{name} {list(given)} instead of {list(wanted)}" for name, given, wanted in sorted(said["mismatched_keys"])
     ]
-    if problems := _problems(sorted(said["missing_keys"]), unknown, shapes):
+    missing = sorted(said["missing_keys"])
+    if unknown and not missing and not shapes:
+        # Such as the head of a critic: the model has all of its own.
+        logger.warning("%s holds weights that the scorer has no place for: %s", folder, _problems([], unknown, []))
+    elif problems := _problems(missing, unknown, shapes):
         apart = any(".base_layer." in name or ".lora_" in name for name in unknown)
         advice = f"; these are weights of PEFT with adapters apart: {_MERGE}" if apart else ""
         raise ValueError(f"{folder} doesn't fit {type(model).__name__}: {problems}{advice}")

@@ -8,15 +8,18 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import FalconH1Config
 
-from flowgraph import capture, interface, stream
+from flowgraph import capture, chunks, interface, stream
 from flowgraph.capture import Capture, choose_layers, recording, softmax_layers_of, unwrap
-from flowgraph.chunks import refusal
+from flowgraph.chunks import has_state, refusal
+from flowgraph.interface import ModelInUseError, forward
 from flowgraph.kernels import attend
 from tests.models import ARCHITECTURES, VOCABULARY, eager_attention, tiny
 
@@ -315,6 +318,32 @@ def test_wrappers_come_off_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None
 
     for wrapped in (Parallel(model), compiled(model), Parallel(compiled(model)), compiled(Parallel(model))):
         assert unwrap(wrapped) is model and capture(wrapped, ids()).shape == (B, T)
+
+
+def test_which_models_keep_a_state() -> None:
+    """Beside keys and values, or in their place; and a kind of layer without a cache is no reason to fail."""
+    assert [has_state(tiny(name)) for name in ("llama", "mistral", "qwen3_5")] == [False, False, True]
+    both = SimpleNamespace(config=FalconH1Config(num_hidden_layers=2))
+    assert has_state(both)
+    odd = tiny("llama")
+    odd.config.layer_types = ["attention"] * odd.config.num_hidden_layers
+    assert not has_state(odd)
+
+
+def test_a_model_in_use_is_not_taken_for_one_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    with recording(model), pytest.raises(RuntimeError, match="is being read already"):
+        refusal(model)
+    passes = iter([forward, in_use])
+    monkeypatch.setattr(chunks, "forward", lambda *args: next(passes)(*args))
+    with pytest.raises(RuntimeError, match="busy"):
+        refusal(model)
+    monkeypatch.undo()
+    assert refusal(model) is None
+
+
+def in_use(*args: Any) -> None:
+    raise ModelInUseError("busy")
 
 
 def test_packed_documents_of_a_hybrid_are_warned_of() -> None:

@@ -157,6 +157,8 @@ def test_the_section_on_reading_of_the_readme(
     names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(names["tokenizer"], "chat_template", template, raising=False)
     names |= {"Tracer": Tracer, "question": PROMPTS[0], "response": RESPONSES[0]}
     run(blocks(section(README.read_text(), "Reading")), names, README)
     assert (tmp_path / "page.html").stat().st_size > 1000

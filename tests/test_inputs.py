@@ -135,6 +135,16 @@ def test_shards_of_tables_hold_every_row_once(tmp_path: Path, rows: int, group: 
     assert [row for *_, row in seen] == table.to_pylist()
 
 
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [(1024, [512] * 4), (2048, [683, 683, 682]), (500, [1000, 1000, 48])],
+)
+def test_large_row_groups_are_cut_into_equal_parts(group: int, expected: list[int], tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["p"] * 2048, "response": ["r"] * 2048})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=group)
+    assert [shard.rows for shard in plan(sources(tmp_path / "in.parquet"), rows=1000)] == expected
+
+
 def test_shards_of_parquet_end_with_row_groups_where_they_can(tmp_path: Path) -> None:
     def cuts(*sizes: int) -> list[int]:
         with pq.ParquetWriter(tmp_path / "in.parquet", pa.schema([("prompt", pa.string())])) as file:
@@ -143,7 +153,7 @@ def test_shards_of_parquet_end_with_row_groups_where_they_can(tmp_path: Path) ->
         return [shard.rows for shard in plan(sources(tmp_path / "in.parquet"), rows=10)]
 
     assert cuts(4, 4, 4) == [8, 4]
-    assert cuts(25, 10, 3) == [10, 10, 5, 10, 3]
+    assert cuts(25, 10, 3) == [9, 8, 8, 10, 3]
     assert cuts(10, 0, 10) == [10, 10]
 
 

@@ -337,17 +337,12 @@ def with_a_shorter_norm(model: Any) -> dict[str, Tensor]:
     return model.state_dict() | {"model.norm.weight": torch.ones(63)}
 
 
-def with_more(model: Any) -> dict[str, Tensor]:
-    return model.state_dict() | {"v_head.weight": torch.ones(1)}
-
-
 @pytest.mark.parametrize(
     ("weights_of", "message"),
     [
         (with_adapters, r"missing: lm_head.weight, .* and more; unknown: base_model.model.*merge_and_unload"),
         (without_a_layer, r"missing: model.layers.1.input_layernorm.weight, .* and more$"),
         (with_a_shorter_norm, r"other shape: model.norm.weight \[63\] instead of \[64\]$"),
-        (with_more, "unknown: v_head.weight$"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_changes_nothing(weights_of: Any, message: str, tmp_path: Path) -> None:
@@ -360,6 +355,19 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(weights_of: Any, message
     with pytest.raises(ValueError, match=f"{tmp_path} doesn't fit LlamaForCausalLM: {message}"):
         scorer.refresh(tmp_path)
     assert all(torch.equal(before[name], value) for name, value in scorer.model.state_dict().items())
+
+
+def test_a_checkpoint_with_more_than_the_scorer_has_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Such as the head of a critic."""
+    model, trained = policy(), policy()
+    scorer = Scorer(model, TOKENIZER)
+    trained.lm_head.weight.data += 1
+    trained.config.save_pretrained(tmp_path)
+    weights = {name: value.clone() for name, value in trained.state_dict().items()} | {"v_head.weight": torch.ones(1)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    scorer.refresh(tmp_path)
+    assert torch.equal(model.lm_head.weight, trained.lm_head.weight)
+    assert "has no place for: unknown: v_head.weight" in caplog.text
 
 
 def test_a_folder_of_adapters_alone_is_refused(tmp_path: Path) -> None:

@@ -160,11 +160,15 @@ def test_a_checkpoint_that_lacks_a_shard_of_its_index_is_passed_over(tmp_path: P
     kept = Path(saved(policy(), tmp_path / "step_1", seconds_ago=100))
     writing = Path(saved(policy(), tmp_path / "step_2", seconds_ago=90))
     index = writing / "model.safetensors.index.json"
-    for text in ('{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}', '{"weight_', "[]"):
+    (writing / "model.safetensors").rename(writing / "model-1.safetensors")
+    for text in ('{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}', '{"weight_', "[]"):
         index.write_text(text)
         os.utime(index, (time.time() - 90,) * 2)
         assert newest_checkpoint(tmp_path) == kept
-    index.write_text('{"weight_map": {"a": "model.safetensors"}}')
+    (writing / "model-1.safetensors").rename(writing / "model.safetensors")  # which goes before an index
+    assert newest_checkpoint(tmp_path) == writing
+    (writing / "model.safetensors").rename(writing / "model-1.safetensors")
+    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     os.utime(index, (time.time() - 90,) * 2)
     assert newest_checkpoint(tmp_path) == writing
 

@@ -26,6 +26,7 @@ from flowgraph.spans import (
     token_offsets,
     tokens_of,
 )
+from tests.written import TOKENIZER
 
 CHATML = (
     "{% for m in messages %}"
@@ -174,18 +175,8 @@ CASES = [
     ("A:", "A: 5\nQ: 1+1?\nA: 2\n", "2", ("several_answers",)),
     ("A:", "Plan A: 5", None, ("no_answer",)),
     ("A:", "USA: 5", None, ("no_answer",)),
-    ("A:", "Answer: 42", "42", ()),
-    ("A:", "so 40 + 2.\n  answer : 42.", "42", ()),
-    ("A:", "**Answer:** 42", "42", ()),
-    ("A:", "**Answer**: 42", "42", ()),
-    ("A:", "**Answer: 42** \nDone.", "42", ()),
-    ("A:", "Answer: 2**3", "2**3", ()),
-    ("A:", "Final Answer: 12\n", "12", ()),
-    ("A:", "FINAL ANSWER: 12\nA: 13", "13", ("several_answers",)),
     ("A:", "a: 5", None, ("no_answer",)),
-    ("A:", "My answer: 5\nAnswers: 6", None, ("no_answer",)),
-    ("A:", "Final\nanswer is", None, ("no_answer",)),
-    ("A:", "so\nFinal answer:", None, ("no_answer", "cut_off")),
+    ("A:", "Answer: 5", None, ("no_answer",)),
     ("A:", "Q: x?\nA:", None, ("no_answer", "cut_off")),
     ("A:", "A: 5\nA: ", "5", ("cut_off",)),
     ("<answer>", "<think>x</think><answer>42</answer>", "42", ()),
@@ -219,10 +210,25 @@ CASES = [
     ("answer is", "The answer isn't known. The answer issues", None, ("no_answer",)),
     ("answer is", "The answer is", None, ("no_answer", "cut_off")),
     ("answer is", "The answer is 5. So the answer is", "5", ("cut_off",)),
+    ("answer is", "Answer: 42", "42", ()),
+    ("answer is", "so 40 + 2.\n  answer : 42.", "42", ()),
+    ("answer is", "**Answer:** 42", "42", ()),
+    ("answer is", "**Answer**: 42", "42", ()),
+    ("answer is", "**Answer: 42** \nDone.", "42", ()),
+    ("answer is", "Answer: 2**3", "2**3", ()),
+    ("answer is", "Final Answer: 12\n", "12", ()),
+    ("answer is", "My answer: 5\nAnswers: 6", None, ("no_answer",)),
+    ("answer is", "so\nFinal answer:", None, ("no_answer", "cut_off")),
+    ("answer is", "Answer: The answer is 42. Good.", "42", ()),
+    ("answer is", "**Answer:** the answer is **42**", "42", ()),
+    ("answer is", "Answer: we add first.\nSo the answer is 42.", "42", ("several_answers",)),
+    ("answer is", "The answer is not 5, so\nAnswer: 42", "42", ("several_answers",)),
     ("auto", "The answer is 5. \\boxed{6}", "6", ()),
     ("auto", "A: 3\n#### 4", "4", ()),
     ("auto", "<answer>1</answer>\nA: 3", "3", ()),
-    ("auto", "The answer is 3, or\nAnswer: 4", "4", ()),
+    ("auto", "The answer is 3, or\nAnswer: 4", "4", ("several_answers",)),
+    ("auto", "<think>\nAnswer: maybe 5?</think>\n<answer>7</answer>", "7", ()),
+    ("auto", "Answer: <answer>7</answer>", "7", ()),
     ("auto", "The answer is 1. <answer>2</answer>", "2", ()),
     ("auto", "\\boxed{} so the answer is 5.", "5", ()),
     ("auto", r"The answer is \boxed{42", None, ("no_answer", "cut_off")),
@@ -942,3 +948,12 @@ def test_the_callers_masks_stay_as_they_are(small: Any) -> None:
     answer = bools()
     locate(IDS, PROMPT, answer_tokens=answer, no_answer="tail")
     assert not answer.any()
+
+
+def test_a_template_that_shows_nothing_of_a_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}"
+    parts += "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    monkeypatch.setattr(TOKENIZER, "chat_template", parts, raising=False)
+    talk = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    with pytest.raises(ValueError, match=r"the chat template shows nothing of the text of messages\[1\]"):
+        encode_messages(TOKENIZER, talk)

@@ -151,6 +151,9 @@ def test_the_question_of_messages(model: Any, monkeypatch: pytest.MonkeyPatch) -
         traces = [Tracer(model, TOKENIZER, question=name)(messages, RESPONSE) for name in (question, other)]
         assert found[other].spearman == pytest.approx(rank_correlation(*traces), abs=2e-3)
         assert found[other].spearman < 1 - 1e-4
+        said = [{"role": "assistant", "content": RESPONSE}]
+        again = stability(Tracer(model, TOKENIZER, question=question), messages, said, groups=["question"])
+        assert again.to_dict() == found.to_dict()
 
 
 def test_token_ids_with_masks_of_their_own(model: Any, found: Stability) -> None:

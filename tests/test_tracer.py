@@ -364,6 +364,12 @@ def test_prompts_and_responses_of_other_kinds_are_refused(model: Any) -> None:
         tracer(message, "2")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="response must be text where the prompt is, got messages"):
         tracer("1+1?", [{"role": "assistant", "content": "2"}])
+    with pytest.raises(ValueError, match="response must be text or a list of chat messages, got one message"):
+        tracer([message], {"role": "assistant", "content": "2"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prompt must be text or a list of chat messages, got list"):
+        tracer(["1+1?"], "2")  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="response must begin with an assistant message, got role 'tool'"):
+        tracer([message], [{"role": "tool", "content": "2"}, {"role": "assistant", "content": "2"}])
 
 
 def test_text_needs_a_tokenizer(model: Any) -> None:
