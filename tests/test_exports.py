@@ -114,7 +114,7 @@ def test_cupy_is_named_when_it_is_missing() -> None:
     try:
         import cupy  # noqa: F401
     except ImportError:
-        with pytest.raises(ImportError, match=r"flowgraph-llm\[cuda\]"):
+        with pytest.raises(ImportError, match=r"flowgraph-llm\[cuda13\]"):
             exports.to_cupy(random_graph(10))
     else:
         pytest.skip("cupy is installed")
