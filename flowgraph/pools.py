@@ -183,8 +183,8 @@ class PoolBuilder:
         tokens = torch.cat([token.expand_as(collecting)[collecting], token.expand_as(paying)[paying]])
         values = torch.cat([self._collected[collecting], self._paid[paying]])
         collects = torch.arange(len(keys), device=keys.device) < int(collecting.sum())
-        pool = keys.unique(return_inverse=True)[1]
-        by_pool = Groups.by(pool, int(pool.max()) + 1 if pool.numel() else 0, ascending=False)
+        names, pool = keys.unique(return_inverse=True)
+        by_pool = Groups.by(pool, len(names), ascending=False)
         total = by_pool.sum(by_pool.arrange(values * collects))
         values = torch.where(collects, values / total[pool], values)
         # A share this small comes from rows that don't count at all, and would lead where no reach is.

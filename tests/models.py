@@ -47,6 +47,14 @@ _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ARCHITECTURES = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "qwen3_5")
 
 
+class Parallel(torch.nn.Module):
+    """A wrapper like DDP's, for tests to put in its place: that one wants a process group."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
 def tiny(name: str, implementation: str = "sdpa", **changes: Any) -> Any:
     """A random model in evaluation mode, with attention sharp enough that a wrong mask or scale shows."""
     torch.manual_seed(7)

@@ -21,7 +21,7 @@ from flowgraph.capture import Capture, choose_layers, recording, softmax_layers_
 from flowgraph.chunks import has_state, refusal
 from flowgraph.interface import ModelInUseError, forward
 from flowgraph.kernels import attend
-from tests.models import ARCHITECTURES, VOCABULARY, eager_attention, tiny
+from tests.models import ARCHITECTURES, VOCABULARY, Parallel, eager_attention, tiny
 
 B, T = 3, 40
 LENGTHS = (31, 40, 37)
@@ -305,11 +305,6 @@ def test_models_that_put_tokens_before_the_input_are_refused(kind: str) -> None:
 
 
 def test_wrappers_come_off_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Parallel(torch.nn.Module):
-        def __init__(self, module: torch.nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Parallel)
     model = tiny("llama")
 

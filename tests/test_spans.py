@@ -12,12 +12,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flowgraph import smollm2
 from flowgraph.answers import FINDERS, find_answer
 from flowgraph.spans import (
     PRESETS,
+    Encoded,
     encode_messages,
     encode_text,
     locate,
@@ -606,12 +608,17 @@ TALK: list[dict[str, Any]] = [
 ]
 
 
+def shown(tokenizer: Any, encoded: Encoded, part: Tensor | slice) -> str:
+    """The text of a part of the tokens."""
+    return decoded(tokenizer, encoded.token_ids[part].tolist())
+
+
 def test_encode_messages(chat: Any) -> None:
     encoded = encode_messages(chat, TALK)
     assert decoded(chat, encoded.token_ids.tolist()) == chat.apply_chat_template(TALK, tokenize=False)
     prompt = chat.apply_chat_template(TALK[:2], tokenize=False, add_generation_prompt=True)
-    assert decoded(chat, encoded.token_ids[encoded.prompt_mask].tolist()) == prompt
-    response = decoded(chat, encoded.token_ids[encoded.response_mask].tolist())
+    assert shown(chat, encoded, encoded.prompt_mask) == prompt
+    response = shown(chat, encoded, encoded.response_mask)
     assert response == "call the tool<|im_end|>So \\boxed{4}.<|im_end|>"
     assert not (encoded.prompt_mask & encoded.response_mask).any()
     neither = encoded.token_ids[~encoded.prompt_mask & ~encoded.response_mask].tolist()
@@ -632,10 +639,10 @@ def test_question_of_messages(chat: Any, content: str) -> None:
     encoded = encode_messages(chat, talk)
     question = question_of_messages(chat, talk, encoded)
     assert not (question & ~encoded.prompt_mask).any()
-    text = decoded(chat, encoded.token_ids[question].tolist())
+    text = shown(chat, encoded, question)
     if content.strip():
         assert text == content + "And you?"
-        first = decoded(chat, encoded.token_ids[: int(question.nonzero()[0])].tolist())
+        first = shown(chat, encoded, slice(int(question.nonzero()[0])))
         assert first.endswith("<|im_start|>user\n")
     else:
         assert text == "And you?"
@@ -652,11 +659,11 @@ HISTORY: list[dict[str, Any]] = [
 
 def test_answers_before_the_response_are_part_of_the_prompt(chat: Any) -> None:
     encoded = encode_messages(chat, HISTORY, first=4)
-    assert decoded(chat, encoded.token_ids[encoded.response_mask].tolist()) == "I cannot tell.<|im_end|>"
+    assert shown(chat, encoded, encoded.response_mask) == "I cannot tell.<|im_end|>"
     prompt = chat.apply_chat_template(HISTORY[:4], tokenize=False, add_generation_prompt=True)
-    assert decoded(chat, encoded.token_ids[encoded.prompt_mask].tolist()) == prompt
+    assert shown(chat, encoded, encoded.prompt_mask) == prompt
     question = question_of_messages(chat, HISTORY, encoded, first=4)
-    assert decoded(chat, encoded.token_ids[question].tolist()) == "A crate holds 12.And 4 crates?"
+    assert shown(chat, encoded, question) == "A crate holds 12.And 4 crates?"
     with pytest.raises(ValueError, match=r"first must be the number of an assistant message, .* got 3"):
         encode_messages(chat, HISTORY, first=3)
     with pytest.raises(ValueError, match=r"first must be the number of an assistant message, .* got 5"):
@@ -667,7 +674,7 @@ def test_a_tool_between_question_and_response(chat: Any) -> None:
     talk = [*HISTORY[:3], {"role": "assistant", "content": "call"}, {"role": "tool", "content": "48"}, HISTORY[-1]]
     encoded = encode_messages(chat, talk, first=5)
     question = question_of_messages(chat, talk, encoded, first=5)
-    assert decoded(chat, encoded.token_ids[question].tolist()) == "A crate holds 12."
+    assert shown(chat, encoded, question) == "A crate holds 12."
 
 
 def test_content_in_parts_is_their_text(chat: Any) -> None:

@@ -15,7 +15,7 @@ from flowgraph import Threshold, TokenGraph, TopK, Tracer, credit, trace_flow
 from flowgraph import options as options_module
 from flowgraph.capture import recording
 from tests.graphs import mask_of
-from tests.models import VOCABULARY, eager_attention, tiny
+from tests.models import VOCABULARY, Parallel, eager_attention, tiny
 from tests.written import TOKENIZER
 
 T = 30
@@ -231,11 +231,6 @@ def test_a_trace_beyond_the_window_is_refused_until_the_user_insists() -> None:
 
 
 def test_the_window_is_that_of_the_model_inside_its_wrappers(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Parallel(torch.nn.Module):
-        def __init__(self, module: torch.nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Parallel)
     arguments: dict[str, Any] = {"input_ids": ids(), "prompt_mask": prompts(), "answer_tokens": answers()}
     assert len(Tracer(Parallel(tiny("llama"))).from_ids(**arguments)) == 3
